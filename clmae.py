@@ -1,0 +1,414 @@
+"""CL-MAE (Curriculum-Learned Masked Autoencoders, arXiv 2308.16572) in one file. Read it from top to bottom.
+
+A masked autoencoder (MAE) sees a few patches of an image and predicts the rest. In CL-MAE a small network, the masker,
+chooses which patches are hidden. It is trained on the MAE's own reconstruction loss times a factor lambda that falls
+from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide what is hard), a curriculum of masks.
+
+    images -> PatchEmbed -> x -> Encoder(visible tokens of x) -> Decoder(+ mask tokens) -> pixels -> loss
+                            |                 ^
+                            +-> Masker -> scores -> gumbel_top_k
+
+Symbols: B images, C channels, L patches (tokens), K visible ones, r = 1 - K/L mask ratio, D encoder width,
+s scores (high = keep visible), y = s + Gumbel noise, keep = 1 visible / 0 masked, mask = 1 - keep.
+MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Config:
+    """Everything that shapes the model. Lengths of tokens are widths (features), sizes of images are pixels."""
+
+    image_size: tuple[int, int] = (32, 32)  # (height, width), pixels
+    patch_size: int = 4  # side of a square patch, pixels; divides both image sides
+    channels: int = 3  # image channels
+    dim: int = 192  # encoder width D, features; a multiple of 4 (positions) and of `heads`
+    depth: int = 12  # encoder blocks
+    heads: int = 3  # encoder attention heads
+    decoder_dim: int = 64  # decoder width, features
+    decoder_depth: int = 2  # decoder blocks
+    decoder_heads: int = 2  # decoder attention heads
+    masker_dim: int = 64  # masker width, features
+    masker_depth: int = 1  # masker blocks
+    masker_heads: int = 2  # masker attention heads
+    mask_ratio: float = 0.75  # r, fraction of the patches that is hidden; K = round(L (1 - r))
+    kappa: float = 1.0  # std of the scores; the Gumbel noise has 1.28. 0: no masker, random masks, plain MAE
+    tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
+    diversity: float = 0.0  # weight of the loss against one mask for all images
+    norm_pix: bool = True  # predict patches standardised each by itself instead of pixels
+
+    def __post_init__(self):
+        self.image_size = tuple(self.image_size)
+        for side in self.image_size:
+            if self.patch_size < 1 or side < 1 or side % self.patch_size:
+                height, width = self.image_size
+                raise ValueError(f"patch_size {self.patch_size} must divide the image size {height} x {width}")
+        if not 1 <= self.visible <= self.patches - 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.patches} patches visible; "
+                f"at least 1 must be visible and 1 masked"
+            )
+        for part in ("", "decoder_", "masker_"):
+            dim, heads = getattr(self, f"{part}dim"), getattr(self, f"{part}heads")
+            if heads < 1 or dim < 1 or dim % heads or dim % 4:
+                raise ValueError(f"{part}dim {dim} must be a multiple of 4 and of {part}heads {heads}")
+        if self.kappa < 0 or self.tau <= 0 or self.diversity < 0:
+            raise ValueError(f"kappa {self.kappa} and diversity {self.diversity} must be >= 0, tau {self.tau} > 0")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """L."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def visible(self) -> int:
+        """K."""
+        return round(self.patches * (1 - self.mask_ratio))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images to patches and back
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images (B, C, H, W) into flattened patches (B, L, p*p*C), row by row, pixels as (p, p, channel) as in MAE."""
+    B, C, H, W = images.shape
+    p = patch_size
+    if H % p or W % p:
+        raise ValueError(f"patch_size {p} must divide the image size {H} x {W}")
+    x = images.reshape(B, C, H // p, p, W // p, p)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Put patches (B, L, p*p*C) on a grid of (rows, columns) together to images (B, C, H, W); undoes `patchify`."""
+    (h, w), p = grid, patch_size
+    if patches.shape[1] != h * w or patches.shape[2] % (p * p):
+        raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {h} x {w} patches of {p} x {p} pixels")
+    x = patches.reshape(len(patches), h, w, p, p, -1)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
+    return x.reshape(len(patches), -1, h * p, w * p)
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, 1+L, dim); the CLS row, first, is zero. MAE, appendix A.1.
+
+    The first half of the features encodes the column, the second the row, each as [sin, cos] of dim/4 frequencies.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")  # (h, w) each
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
+    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # 2 x (L, dim/4)
+    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)  # (L, dim)
+    return F.pad(table, (0, 0, 1, 0))[None].float()  # (1, 1+L, dim)
+
+
+class PatchEmbed(nn.Module):
+    """Project every patch to a token: images (B, C, H, W) -> (B, L, dim). ViT, eq. 1; the convolution is that matmul."""
+
+    def __init__(self, patch_size: int, channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, dim, h, w) -> (B, L, dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformer. The names of the parts are timm's, so that trained weights move without renaming.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D), in which a token can be faded out as a key.
+
+    `log_keep` (B, N) is added to the logits: softmax(q k / sqrt(d) + log keep) are the weights softmax(q k / sqrt(d))
+    multiplied by keep of the key's token and renormalised. It is written out, not called as a fused kernel, because the
+    gate's gradient is the point here, and because at these lengths it is as fast or faster.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, log_keep: Tensor | None = None) -> Tensor:
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
+        if log_keep is not None:
+            logits = logits + log_keep[:, None, None, :]
+        out = logits.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor, log_keep: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), log_keep)
+        return x + self.mlp(self.norm2(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The masked autoencoder
+
+
+class Encoder(nn.Module):
+    """ViT over the visible tokens only. MAE, Sec. 3. `state_dict()` loads into a timm VisionTransformer as it is."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.register_buffer("pos_embed", sincos_positions(c.grid, c.dim))  # (1, 1+L, D)
+        self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.dim)
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim, eps=1e-6)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens with their positions, x (B, L, D)."""
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens (B, K, D), gated by keep (B, K) where it is given, to normalised features (B, 1+K, D), CLS first."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)  # (B, 1+K, D)
+        log_keep = None if keep is None else F.pad(keep.log(), (1, 0))  # (B, 1+K); CLS is always kept, log 1 = 0
+        for block in self.blocks:
+            x = block(x, log_keep)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """A light ViT that fills in the masked patches. MAE, Sec. 3."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.embed = nn.Linear(c.dim, c.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.register_buffer("pos_embed", sincos_positions(c.grid, c.decoder_dim))  # (1, 1+L, Dd)
+        self.blocks = nn.ModuleList(Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
+        self.pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
+
+    def forward(self, z: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to predictions (B, L, p*p*C)."""
+        z = self.embed(z)  # (B, 1+K, Dd)
+        cls, z = z[:, :1], z[:, 1:]
+        mask_token = self.mask_token.to(z.dtype)
+        if keep is not None:  # a token that fades out turns into a mask token
+            gate = keep[..., None].to(z.dtype)  # (B, K, 1)
+            z = gate * z + (1 - gate) * mask_token
+        x = mask_token.expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, L, Dd)
+        x = x.scatter(1, ids[..., None].expand_as(z), z)  # visible features at their places
+        x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, 1+L, Dd)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, 1:]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What CL-MAE adds: a masker, a way to sample its masks, a factor that turns it from partner to adversary
+
+
+class Masker(nn.Module):
+    """Look at all tokens x (B, L, D) and give each a score (B, L), high = keep visible. CL-MAE, Sec. 3.
+
+    The scores of each image have mean 0 and standard deviation kappa. Left free they grow until the noise of
+    `gumbel_top_k` no longer matters and the masks freeze; kappa bounds how far masks can depart from random ones.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.kappa = c.kappa
+        self.embed = nn.Linear(c.dim, c.masker_dim)
+        self.blocks = nn.ModuleList(Block(c.masker_dim, c.masker_heads) for _ in range(c.masker_depth))
+        self.norm = nn.LayerNorm(c.masker_dim, eps=1e-6)
+        self.score = nn.Linear(c.masker_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)  # (B, L, Dm)
+        for block in self.blocks:
+            x = block(x)
+        scores = self.score(self.norm(x)).squeeze(-1).float()  # (B, L)
+        scores = scores - scores.mean(1, keepdim=True)
+        return self.kappa * scores / (scores.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def gumbel_top_k(
+    scores: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample k of L tokens without replacement, token i being the next with probability ~ exp(scores_i) of those left.
+
+    Adding Gumbel(0, 1) noise and taking the k largest is an exact sample of that Plackett-Luce distribution
+    (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
+
+    scores: (B, L). tau: temperature of the relaxation, in units of the scores.
+    Returns ids (B, k) of the sampled tokens, hard (B, L), exactly k ones in a row, else zeros, and soft (B, L) in (0, 1),
+    the differentiable stand-in for hard: how far y = scores + noise lies above the threshold between in and out.
+    """
+    if not 1 <= k < scores.shape[1]:
+        raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
+    noise = -torch.empty_like(scores).exponential_(generator=generator).log()  # Gumbel(0, 1) = -log Exp(1)
+    y = scores + noise  # (B, L)
+    top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
+    theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
+    ids = ids[:, :k]
+    hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
+    soft = torch.sigmoid((y - theta) / tau)  # (B, L)
+    return ids, hard, soft
+
+
+def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
+    """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
+
+    CL-MAE, Sec. 3: it multiplies the reconstruction loss of the masker only.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress {progress} must be between 0 and 1")
+    return start + (end - start) * progress
+
+
+def mask_diversity(scores: Tensor) -> Tensor:
+    """The share (0-d, 0 to 1) of the scores' variance over tokens that differs from image to image, scores (B, L).
+
+    0: one mask for all images. 1: no two images agree more than chance.
+    """
+    common = scores.mean(0).square().mean()  # what all images share; the scores of an image have mean 0
+    return 1 - common / scores.square().mean().clamp_min(1e-12)
+
+
+class Output(NamedTuple):
+    """What one forward pass gives."""
+
+    loss: Tensor  # (), the one to call backward() on; its value does not depend on lambda
+    pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
+    mask: Tensor  # (B, L), 1 = masked, 0 = visible
+    scores: Tensor  # (B, L), the masker's; zeros if the masks are random
+    patch_loss: Tensor  # (B, L), mean squared error of every patch; only the masked ones are trained
+
+
+class CLMAE(nn.Module):
+    """Encoder, decoder and masker, and the step that trains them together. Plain MAE is kappa = 0."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.masker = Masker(config) if config.kappa > 0 else None
+        for module in self.modules():  # MAE, appendix A.1
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))  # as the matmul that it is
+        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def target(self, images: Tensor) -> Tensor:
+        """What the decoder is to predict for every patch of images (B, C, H, W): (B, L, p*p*C)."""
+        patches = patchify(images, self.config.patch_size).float()
+        if self.config.norm_pix:  # MAE, Sec. 4.1: local contrast makes a better target than colour
+            patches = patches - patches.mean(-1, keepdim=True)
+            patches = patches / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return patches
+
+    def forward(
+        self,
+        images: Tensor,
+        lam: Tensor | float = 0.0,
+        *,
+        scores: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Output:
+        """One step on standardised images (B, C, H, W).
+
+        lam: the curriculum factor; a 0-d tensor if the model is compiled (a float would recompile it at every step).
+        scores: (B, L), sample from these instead of the masker's; zeros give random masks.
+        mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
+        """
+        c, size = self.config, (self.config.channels, *self.config.image_size)
+        if images.shape[1:] != size:
+            raise ValueError(f"images {tuple(images.shape)} must be (B, {size[0]}, {size[1]}, {size[2]})")
+        x = self.encoder.embed(images)  # (B, L, D)
+
+        # 1. The masker scores every token. detach: it must not teach the patch embedding.
+        learned = mask is None and scores is None and self.masker is not None
+        if learned:
+            scores = self.masker(x.detach())  # (B, L)
+        elif scores is None:
+            scores = x.new_zeros(x.shape[:2], dtype=torch.float32)
+
+        # 2. Sample K visible tokens; in value `keep` is 0 or 1.
+        if mask is None:
+            ids, keep, soft = gumbel_top_k(scores.float(), c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
+        else:
+            keep = 1 - mask.float()  # (B, L)
+            visible = keep.sum(1)
+            if not (visible == visible[0]).all() or not 1 <= visible[0] < c.patches:
+                raise ValueError(f"mask must leave the same number of patches visible in each image, not {visible}")
+            ids = keep.topk(int(visible[0]), dim=1).indices  # (B, K)
+        hidden = 1 - keep  # (B, L), constant: 1 = masked
+
+        # 3. The curriculum in one line. lam times the straight-through gradient reaches the masker, while the value of
+        #    keep, and so the loss and the MAE's gradient, are the same for every lam: one pass trains both networks.
+        gate = None
+        if learned:
+            keep = keep + lam * (soft - soft.detach())  # (B, L)
+            gate = keep.gather(1, ids)  # (B, K), ones
+
+        # 4. Encode the visible tokens, decode all.
+        visible_x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
+        pred = self.decoder(self.encoder(visible_x, gate), ids, gate)  # (B, L, p*p*C)
+
+        # 5. Reconstruction loss over the masked patches. MAE, Sec. 3.
+        patch_loss = (pred.float() - self.target(images)).square().mean(-1)  # (B, L)
+        per_image = (patch_loss * hidden).sum(1) / hidden.sum(1)  # (B,)
+        loss = per_image.mean()
+
+        # 6. The gates tell the masker what a visible patch was worth. A masked patch never entered the pass: what it
+        #    cost is its own loss, against its image's mean. The value of this term is zero.
+        if learned:
+            m = 1 - keep  # (B, L), mask with the masker's gradient
+            cost = ((patch_loss - per_image[:, None]) * hidden).detach()  # (B, L)
+            loss = loss + (cost * (m - m.detach())).sum(1).div(hidden.sum(1)).mean()
+            if c.diversity > 0:
+                loss = loss + c.diversity * (1 - mask_diversity(scores))
+        return Output(loss, pred, hidden, scores, patch_loss)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B, 1+L, D) of whole images (B, C, H, W): never masked, deterministic, normalised, CLS first."""
+        return self.encoder(self.encoder.embed(images))
