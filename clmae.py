@@ -115,7 +115,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Project every patch to a token: images (B, C, H, W) -> (B, L, dim). ViT, eq. 1; the convolution is that matmul."""
+    """Project every patch to a token: images (B, C, H, W) -> (B, L, dim). ViT, eq. 1."""
 
     def __init__(self, patch_size: int, channels: int, dim: int):
         super().__init__()
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
 
     def forward(self, z: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to predictions (B, L, p*p*C)."""
+        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to pixels (B, L, p*p*C)."""
         z = self.embed(z)  # (B, 1+K, Dd)
         cls, z = z[:, :1], z[:, 1:]
         mask_token = self.mask_token.to(z.dtype)
@@ -275,8 +275,8 @@ def gumbel_top_k(
     (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
 
     scores: (B, L). tau: temperature of the relaxation, in units of the scores.
-    Returns ids (B, k) of the sampled tokens, hard (B, L), exactly k ones in a row, else zeros, and soft (B, L) in (0, 1),
-    the differentiable stand-in for hard: how far y = scores + noise lies above the threshold between in and out.
+    Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in (0, 1), its
+    differentiable stand-in: how far y = scores + noise lies above the threshold between in and out.
     """
     if not 1 <= k < scores.shape[1]:
         raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
@@ -412,3 +412,59 @@ class CLMAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Features (B, 1+L, D) of whole images (B, C, H, W): never masked, deterministic, normalised, CLS first."""
         return self.encoder(self.encoder.embed(images))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tour():
+    """Walk a batch of two tiny images through every stage and print what appears. Set breakpoints along the way."""
+
+    def show(name: str, tensor: Tensor, what: str):
+        print(f"{name:<10}{tuple(tensor.shape)!s:<18}{what}")
+
+    def draw() -> torch.Generator:  # the same noise each time, so that the steps below see the same masks
+        return torch.Generator().manual_seed(1)
+
+    torch.manual_seed(0)
+    c = Config(image_size=(16, 16), dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
+    model = CLMAE(c)
+    images = torch.randn(2, 3, 16, 16)
+    print(f"B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
+
+    show("images", images, "standardised pixels")
+    show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
+    x = model.encoder.embed(images)
+    show("x", x, "a token per patch, with its position")
+    scores = model.masker(x.detach())
+    show("scores", scores, f"the masker's, mean 0 and std kappa = {c.kappa:g}; high = keep visible")
+    ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, draw())
+    show("ids", ids, "the K patches that the encoder may see")
+    show("hard", hard, "1 = visible, 0 = masked")
+    show("soft", soft, "its differentiable stand-in")
+    z = model.encoder(x.gather(1, ids[..., None].expand(-1, -1, c.dim)))
+    show("z", z, "features of CLS and the visible patches")
+    pred = model.decoder(z, ids)
+    show("pred", pred, "every patch, predicted")
+
+    print("\nFirst image, patch by patch on its 4 x 4 grid:")
+    noisy = ["masked" if m == 0 else "  seen" for m in hard[0].int().tolist()]
+    for row in range(4):
+        cells = [f"{scores[0, i].item():+.2f} {noisy[i]}" for i in range(4 * row, 4 * row + 4)]
+        print("   " + "   ".join(cells))
+
+    print("\nThe same step at three lambdas: one loss, two gradients")
+    print("   lambda     loss      encoder gradient   masker gradient   ... of its first weights")
+    for lam in (1.0, 0.0, -1.0):
+        model.zero_grad()
+        model(images, lam, generator=draw()).loss.backward()
+        loss = model(images, lam, generator=draw()).loss.item()
+        norms = [
+            torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
+        ]
+        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad[0, :3].tolist())
+        print(f"   {lam:+.0f}      {loss:9.6f}   {norms[0]:16.6f}   {norms[1]:15.6f}   {first}")
+
+
+if __name__ == "__main__":
+    tour()

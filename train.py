@@ -43,7 +43,7 @@ MODELS = {
         dim=384, depth=12, heads=6, decoder_dim=128, decoder_depth=2, decoder_heads=4, masker_dim=64, masker_heads=2
     ),
 }
-SHAPES = "disc ring square frame triangle star cross bar crescent pair".split()
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "crescent", "pair"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -68,41 +68,52 @@ class Data(NamedTuple):
 
 
 def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Draw n images (n, 3, H, W) uint8 of ten shapes on striped grounds, colour, size, place and angle at random."""
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
-    labels = torch.randint(len(SHAPES), (n,), generator=g)
-    (H, W), images = size, []
+    """Draw n images (n, 3, H, W) uint8 of one of ten shapes, four of a kind, on stripes; colour, place, angle at random.
+
+    Returns the images and their classes (n,). The same seed gives the same images.
+    """
+    g, (H, W) = torch.Generator().manual_seed(seed), size
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")  # (H, W)
+    quadrant = (x > 0).long() + 2 * (y > 0).long()  # (H, W), one shape in each
+    labels, images = torch.randint(len(SHAPES), (n,), generator=g), []
     for label in labels.split(1000):
         b = len(label)
-        centre, radius, turn = rand(b, 2, 1, 1) * 0.7 - 0.35, rand(b, 1, 1) * 0.25 + 0.4, rand(b, 1, 1) * 2 * math.pi
-        dx, dy = (x - centre[:, 0]) / radius, (y - centre[:, 1]) / radius  # (b, H, W)
-        u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(*shape, generator=g)
+
+        radius, turn = uniform(0.36, 0.44, b, 4)[:, quadrant], uniform(0, 2 * math.pi, b, 4)[:, quadrant]  # (b, H, W)
+        dx, dy = ((axis - axis.sign() / 2 - uniform(-0.22, 0.22, b, 4)[:, quadrant]) / radius for axis in (x, y))
+        u, v = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()  # (b, H, W), the shape's own axes
         r, phi, square = u.hypot(v), torch.atan2(v, u), torch.maximum(u.abs(), v.abs())
-        bar = torch.maximum(u.abs() - 0.95, v.abs() - 0.25)
-        inside = torch.stack(
-            [  # negative inside
-                r - 0.85,  # disc
-                (r - 0.7).abs() - 0.18,  # ring
-                square - 0.75,  # square
-                (square - 0.62).abs() - 0.16,  # frame
-                torch.stack([u * math.cos(a) + v * math.sin(a) for a in (0, 2.0944, 4.1888)]).amax(0)
-                - 0.48,  # triangle
-                r - 0.62 - 0.3 * (5 * phi).cos(),  # star
-                torch.minimum(bar, torch.maximum(v.abs() - 0.95, u.abs() - 0.25)),  # cross
-                bar,  # bar
-                torch.maximum(r - 0.9, 0.75 - (u - 0.45).hypot(v)),  # crescent
-                torch.minimum((u - 0.5).hypot(v), (u + 0.5).hypot(v)) - 0.36,  # pair
+        bar, upright = torch.maximum(u.abs() - 0.95, v.abs() - 0.25), torch.maximum(v.abs() - 0.95, u.abs() - 0.25)
+        sides = [u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+        distance = torch.stack(  # to the outline, in radii, negative inside; in the order of SHAPES
+            [
+                r - 0.85,
+                (r - 0.7).abs() - 0.18,
+                square - 0.75,
+                (square - 0.62).abs() - 0.16,
+                torch.stack(sides).amax(0) - 0.48,
+                r - 0.62 - 0.3 * (5 * phi).cos(),
+                torch.minimum(bar, upright),
+                bar,
+                torch.maximum(r - 0.9, 0.75 - (u - 0.45).hypot(v)),
+                torch.minimum((u - 0.5).hypot(v), (u + 0.5).hypot(v)) - 0.36,
             ]
+        )[label, torch.arange(b)]  # (b, H, W)
+        inside = torch.sigmoid(-0.7 * W * radius * distance)[:, None]  # (b, 1, H, W), an edge one pixel soft
+        angle, frequency, phase = (
+            uniform(0, math.pi, b, 1, 1),
+            uniform(7, 10, b, 1, 1),
+            uniform(0, 2 * math.pi, b, 1, 1),
         )
-        shape = torch.sigmoid(-inside[label, torch.arange(b)] * radius * W * 0.7)[:, None]  # (b, 1, H, W), soft edge
-        angle, frequency, phase = rand(3, b, 1, 1) * torch.tensor([math.pi, 12, 2 * math.pi])[:, None, None, None]
-        stripes = torch.sin((x * angle.cos() + y * angle.sin()) * (frequency + 4) + phase)[:, None]  # (b, 1, H, W)
-        ground, colour = rand(2, b, 3, 1, 1)
-        colour = torch.where((colour - ground).norm(dim=1, keepdim=True) < 0.6, 1 - ground.round(), colour)
-        image = shape * colour + (1 - shape) * (ground + 0.15 * stripes)  # (b, 3, H, W)
-        image = image + 0.03 * torch.randn(image.shape, generator=g)
+        stripes = torch.sin((x * angle.cos() + y * angle.sin()) * frequency + phase)[:, None]  # (b, 1, H, W)
+        ground, colour = uniform(0, 1, b, 3, 1, 1), uniform(0, 1, b, 3, 1, 1)
+        alike = (colour - ground).norm(dim=1, keepdim=True) < 0.6
+        colour = torch.where(alike, 1 - ground.round(), colour)
+        image = inside * colour + (1 - inside) * (ground + 0.1 * stripes)  # (b, 3, H, W)
+        image = image + 0.01 * torch.randn(image.shape, generator=g)
         images.append((image.clamp(0, 1) * 255).to(torch.uint8))
     return torch.cat(images), labels
 
@@ -129,9 +140,9 @@ def list_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
 
     classes = {p.name: images(p, "**/*") for p in sorted(folder.iterdir()) if p.is_dir()}
     classes = {name: files for name, files in classes.items() if files} or {"": images(folder, "*")}
-    files = sum(classes.values(), [])
+    files = [file for c in classes.values() for file in c]
     if not files:
-        fail(f"no images in {folder}; expected {' '.join(sorted(IMAGE_SUFFIXES))}, flat or one sub-folder per class")
+        fail(f"no images in {folder}: expected {' '.join(sorted(IMAGE_SUFFIXES))}, flat or one sub-folder per class")
     if "" in classes:
         return files, torch.full((len(files),), -1), []
     return files, torch.tensor([i for i, c in enumerate(classes.values()) for _ in c]), list(classes)
@@ -182,12 +193,10 @@ def load_data(args: argparse.Namespace) -> Data:
             parts = [dataset(args.data_dir, train=train, download=True) for train in (True, False)]
         except Exception as error:  # urllib, hashes, disk: whatever it was, the way out is the same
             fail(
-                f"could not download {args.data} to {args.data_dir} ({error}); with its images on disk, give their folder, "
-                f"one sub-folder per class in train/ and test/: --data PATH"
+                f"could not download {args.data} to {args.data_dir} ({error}); with its images on disk, in train/ and "
+                f"test/, one sub-folder per class, use --data PATH"
             )
-        train, val = [
-            (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
-        ]
+        train, val = ((torch.from_numpy(p.data).movedim(3, 1).contiguous(), torch.tensor(p.targets)) for p in parts)
         order = shuffled(len(train[0]))[: args.images]
         train, classes = (train[0][order], train[1][order]), parts[0].classes
     else:
@@ -271,20 +280,24 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 # Evaluation. Features are the mean of the patch tokens of the whole, unmasked image.
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(model: CLMAE, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pooled features (N, D) of uint8 images (N, 3, H, W), in large chunks."""
-    chunks = (
-        model.encode(standardise(x.to(mean.device), mean, std)) for x in images.split(1000)
-    )  # (1000, 1+L, D) each
-    return torch.cat([z[:, 1:].mean(1) for z in chunks])
+    pooled = [model.encode(standardise(x.to(mean.device), mean, std))[:, 1:].mean(1) for x in images.split(1000)]
+    return torch.cat(pooled)
 
 
-@torch.inference_mode()
+def z_score(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and (M, D), each of the D with mean 0 and std 1 on the training images."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    return (train - mean) / std, (val - mean) / std
+
+
 def knn_accuracy(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, k: int = 20) -> float:
-    """Accuracy in percent of k nearest neighbours by cosine, votes weighted exp(cosine / 0.07). Features are (N, D)."""
-    train, labels, right = F.normalize(train), train_labels.to(train.device), 0
-    for z, label in zip(F.normalize(val).split(1000), val_labels.to(train.device).split(1000), strict=True):
+    """Accuracy in % of k nearest neighbours by cosine of z-scored features (N, D), votes exp(cosine / 0.07)."""
+    train, val = (F.normalize(z) for z in z_score(train, val))
+    labels, right = train_labels.to(train.device), 0
+    for z, label in zip(val.split(1000), val_labels.to(train.device).split(1000), strict=True):
         cosine, ids = (z @ train.T).topk(min(k, len(train)), dim=1)  # (1000, k)
         votes = torch.zeros(len(z), int(labels.max()) + 1, device=z.device)
         votes.scatter_add_(1, labels[ids], (cosine / 0.07).exp())  # (1000, classes)
@@ -292,12 +305,33 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: T
     return 100 * right / len(val)
 
 
-def model_knn(model: CLMAE, data: Data, mean: Tensor, std: Tensor) -> float | None:
-    """kNN accuracy of an encoder on the held-out images, None without labels."""
-    if not data.classes:
-        return None
-    parts = [features(model, images, mean, std) for images in (data.train, data.val)]
-    return knn_accuracy(parts[0], data.train_labels, parts[1], data.val_labels)
+def linear_probe(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor) -> float:
+    """Accuracy in % of logistic regression on z-scored frozen features (N, D): full-batch L-BFGS, L2 penalty 1e-4."""
+    train, val = z_score(train, val)
+    labels = train_labels.to(train.device)
+    head = nn.Linear(train.shape[1], int(labels.max()) + 1, device=train.device)
+    nn.init.zeros_(head.weight)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(train), labels) + 1e-4 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return accuracy(head(val), val_labels)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """In %, of logits (N, classes)."""
+    return 100 * (logits.argmax(1).cpu() == labels).float().mean().item()
+
+
+def on_features(score, model: CLMAE, data: Data, mean: Tensor, std: Tensor) -> float:
+    """knn_accuracy or linear_probe of an encoder."""
+    train, val = (features(model, images, mean, std) for images in (data.train, data.val))
+    return score(train, data.train_labels, val, data.val_labels)
 
 
 @torch.inference_mode()
@@ -315,46 +349,24 @@ def hardness(model: CLMAE, images: Tensor) -> tuple[dict, Tensor]:
     return {"loss_random": random, "hardness": learned / random, "diversity": diversity}, outputs[1].scores
 
 
-def linear_probe(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor) -> float:
-    """Accuracy in percent of logistic regression on frozen features (N, D), each standardised; L2 1e-4, full-batch L-BFGS."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, val = (train - mean) / std, (val - mean) / std
-    labels = train_labels.to(train.device)
-    head = nn.Linear(train.shape[1], int(labels.max()) + 1, device=train.device)
-    nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(train), labels) + 1e-4 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return 100 * (head(val).argmax(1).cpu() == val_labels).float().mean().item()
-
-
 def finetune(model: CLMAE, data: Data, mean: Tensor, std: Tensor, args: argparse.Namespace) -> float:
-    """Train the whole encoder with a linear head on the pooled tokens; held-out accuracy in percent after the last epoch.
+    """Train encoder and a linear head on its pooled tokens; held-out accuracy in % after the last epoch.
 
-    AdamW with a learning rate that decays by 0.75 a block from the head down (MAE, appendix A.2), label smoothing 0.1.
+    AdamW, a learning rate that shrinks by 0.75 a block from the head down (MAE, appendix A.2), label smoothing 0.1.
     """
-    device, encoder = mean.device, model.encoder
+    device, encoder, B = mean.device, model.encoder, args.batch_size
     head = nn.Linear(model.config.dim, len(data.classes), device=device)
     nn.init.trunc_normal_(head.weight, std=0.02)
-    stages = [nn.ModuleList([encoder.patch_embed]), *encoder.blocks, nn.ModuleList([encoder.norm, head])]
-    peak = args.lr * args.batch_size / 256
-    groups = [
-        {"params": list(s.parameters()), "peak": peak * 0.75 ** (len(stages) - 1 - i)} for i, s in enumerate(stages)
-    ]
+    stages = [[encoder.patch_embed], *([block] for block in encoder.blocks), [encoder.norm, head]]
+    groups = [{"params": [p for part in stage for p in part.parameters()]} for stage in stages]
     groups[0]["params"].append(encoder.cls_token)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    steps = len(data.train) // args.batch_size
+    steps = len(data.train) // B
     for epoch in (bar := tqdm(range(args.epochs), "fine-tuning", disable=None)):
-        for i, ids in enumerate(torch.randperm(len(data.train))[: steps * args.batch_size].split(args.batch_size)):
-            factor = lr_factor(epoch + i / steps, args.epochs, args.warmup_epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+        for i, ids in enumerate(torch.randperm(len(data.train))[: steps * B].split(B)):
+            lr = args.lr * B / 256 * lr_factor(epoch + i / steps, args.epochs, args.warmup_epochs)
+            for depth, group in enumerate(reversed(optimizer.param_groups)):
+                group["lr"] = lr * 0.75**depth
             images = augment(data.train[ids].to(device), mean, std, args.min_crop)
             with autocast(args, device):
                 logits = head(model.encode(images)[:, 1:].mean(1))
@@ -363,38 +375,31 @@ def finetune(model: CLMAE, data: Data, mean: Tensor, std: Tensor, args: argparse
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    with torch.inference_mode():
-        predicted = head(features(model, data.val, mean, std)).argmax(1).cpu()
-    return 100 * (predicted == data.val_labels).float().mean().item()
+    with torch.no_grad():
+        return accuracy(head(features(model, data.val, mean, std)), data.val_labels)
 
 
 def evaluate(mode: str, path: str, given: dict):
-    """The command --knn, --linear-probe or --finetune on a finished run, with the same on a random encoder as the floor."""
+    """--knn, --linear-probe or --finetune on a finished run, and on a random encoder as the floor beside it."""
     model, checkpoint = load_run(path)
-    defaults = dict(epochs=50, batch_size=128, lr=1e-3, weight_decay=0.05, warmup_epochs=5, min_crop=0.3, device=None)
-    args = argparse.Namespace(**{**checkpoint["args"], **defaults, **given})
+    own = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3, "device": None}
+    args = argparse.Namespace(**{**checkpoint["args"], **own, **given})
     device, data = pick_device(args.device), load_data(args)
     if not data.classes:
-        fail(f"--{mode.replace('_', '-')}: the images of {args.data} have no class labels")
+        fail(f"--{mode} needs class labels; the images of {args.data} have none")
     mean, std = checkpoint["mean"].to(device), checkpoint["std"].to(device)
-    torch.manual_seed(args.seed)
-    result = {"epoch": checkpoint["epoch"], "train_images": len(data.train), "held_out_images": len(data.val)}
+    result = {"pretrained_epochs": checkpoint["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
     if mode == "finetune":
         check_batch(args.batch_size, data)
-        result["epochs_of_finetuning"] = args.epochs
+        result["finetune_epochs"] = args.epochs
+    torch.manual_seed(args.seed)
     for name, m in (("pretrained", model), ("random_init", CLMAE(model.config))):
         m.to(device)
-        if mode == "knn":
-            result[name] = model_knn(m, data, mean, std)
-        elif mode == "linear_probe":
-            parts = [features(m, images, mean, std).clone() for images in (data.train, data.val)]
-            result[name] = linear_probe(parts[0], data.train_labels, parts[1], data.val_labels)
-        else:
+        if mode == "finetune":
             result[name] = finetune(m, data, mean, std, args)
-        print(
-            f"{mode} accuracy, {name.replace('_', ' ')} encoder, mean-pooled patch tokens: {result[name]:.2f} %",
-            flush=True,
-        )
+        else:
+            result[name] = on_features({"knn": knn_accuracy, "linear-probe": linear_probe}[mode], m, data, mean, std)
+        print(f"{mode}, mean-pooled patch tokens, {name} encoder: {result[name]:.2f} %", flush=True)
     file = Path(path) / "evaluation.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**results, mode: result}, indent=2) + "\n")
@@ -445,9 +450,8 @@ def load_run(path: str | Path) -> tuple[CLMAE, dict]:
         model = CLMAE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # a damaged file fails in many ways
-        fail(
-            f"{file} is damaged or no checkpoint of this program ({type(error).__name__}: {str(error).splitlines()[0]})"
-        )
+        reason = str(error).splitlines()[0]
+        fail(f"{file} is damaged or not a checkpoint of this program ({type(error).__name__}: {reason})")
     return model, checkpoint
 
 
@@ -466,21 +470,21 @@ def save(checkpoint: dict, run: Path):
 
 def train(args: argparse.Namespace, resumed: dict | None):
     """Train for args.epochs, from the start or from a checkpoint, and draw the figures."""
-    device, run = pick_device(args.device), Path(args.out)
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
+    device, run, B = pick_device(args.device), Path(args.out), args.batch_size
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
 
-    # Data, on the device if there is room for it twice over.
+    # Data, on the device if it takes less than half of the room there.
     data = load_data(args)
-    check_batch(args.batch_size, data)
+    check_batch(B, data)
+    N, _, H, W = data.train.shape
+    steps = N // B  # an epoch; the last, incomplete batch is dropped
+    mean, std = (resumed["mean"], resumed["std"]) if resumed else statistics(data.train)
+    mean, std = mean.to(device), std.to(device)
     if device.type != "cuda" or data.train.nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = data._replace(train=data.train.to(device))
-    N, _, H, W = data.train.shape
-    steps = N // args.batch_size  # per epoch; the last, incomplete batch is dropped
-    mean, std = (resumed["mean"].to(device), resumed["std"].to(device)) if resumed else statistics(data.train)
     fixed = standardise(data.val[:500].to(device), mean, std)  # the held-out images that hardness is measured on
 
-    # Model and optimiser: one loss, one backward, one AdamW for MAE and masker.
+    # Model and optimiser: one loss, one backward, one AdamW for the MAE and its masker.
     try:
         config = Config(
             image_size=(H, W),
@@ -494,112 +498,92 @@ def train(args: argparse.Namespace, resumed: dict | None):
         )
     except ValueError as error:
         fail(str(error))
+    torch.manual_seed(args.seed)
     model = CLMAE(config).to(device)
-    decayed = [
-        p for p in model.parameters() if p.ndim in (2, 4)
-    ]  # matrices and the convolution, not biases, norms, tokens
-    others = [p for p in model.parameters() if p.ndim not in (2, 4)]
+    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
+    others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         fused=device.type in ("cuda", "cpu"),
     )
-    peak = args.lr * args.batch_size / 256
-
     step_model = torch.compile(model) if args.compile else model
 
-    epoch, log, history = (
-        0,
-        [],
-        [],
-    )  # log: the records of log.jsonl; history: by epoch, scores (8, L) of 8 held-out images
+    first = 0  # epoch 0 trains nothing: it measures the untrained model, the floor of what follows
+    log, history = [], []  # by epoch: the record in log.jsonl, the scores (8, L) of 8 held-out images
     if resumed:
-        epoch, log, history = resumed["epoch"] + 1, resumed["log"], resumed["history"]
+        first, log, history = resumed["epoch"] + 1, resumed["log"], resumed["history"]
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         torch.set_rng_state(resumed["rng"])
         if device.type == "cuda" and resumed["rng_cuda"] is not None:
             torch.cuda.set_rng_state(resumed["rng_cuda"])
     run.mkdir(parents=True, exist_ok=True)
-    (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    (run / "evaluation.json").unlink(missing_ok=True)  # of other weights
 
     print(
-        f"{args.data}: {N:,} training and {len(data.val):,} held-out images of {H} x {W}, {len(data.classes)} classes, "
-        f"{data.train.nbytes / 1e6:,.0f} MB; {config.patches} patches, {config.visible} visible; "
-        f"{args.epochs} epochs of {steps} steps on {device}",
-        flush=True,
+        f"{args.data}: {N:,} training and {len(data.val):,} held-out images of {H} x {W} pixels, {len(data.classes)} "
+        f"classes, {data.train.nbytes / 1e6:,.0f} MB; {config.patches} patches, {config.visible} visible; "
+        f"{args.epochs} epochs of {steps} steps on {device}"
     )
+    if not resumed and data.classes:
+        pixels = [images.cpu().flatten(1).float() for images in (data.train, data.val)]
+        floor = knn_accuracy(pixels[0], data.train_labels, pixels[1], data.val_labels)
+        print(f"kNN accuracy of raw pixels: {floor:.1f} %", flush=True)
     trivial = model.target(fixed).var(-1, unbiased=False).mean().item()  # loss of predicting each patch's own mean
     lam, loss, lr, speed = torch.tensor(args.lambda_start, device=device), None, 0.0, None
 
-    for epoch in range(epoch, args.epochs + 1):  # epoch 0 trains nothing: it measures the untrained model, the floor
+    for epoch in range(first, args.epochs + 1):
         order, losses = torch.randperm(N, device=data.train.device), torch.zeros(steps, device=device)
         start = time.perf_counter()
         for i in (bar := tqdm(range(steps if epoch else 0), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
             step = (epoch - 1) * steps + i
             lam.fill_(curriculum_factor(step / max(1, args.epochs * steps - 1), args.lambda_start, args.lambda_end))
-            lr = peak * lr_factor(step / steps, args.epochs, args.warmup_epochs)
+            lr = args.lr * B / 256 * lr_factor(step / steps, args.epochs, args.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = data.train[order[i * args.batch_size : (i + 1) * args.batch_size]].to(device)  # (B, 3, H, W) uint8
-            images = augment(images, mean, std, args.min_crop)
+            images = data.train[order[i * B : (i + 1) * B]].to(device)  # (B, 3, H, W) uint8
+            images = augment(images, mean, std, args.min_crop)  # (B, 3, H, W)
             with autocast(args, device):
                 output = step_model(images, lam)
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[i] = output.loss.detach()  # stays on the device: reading it would make the GPU wait
-            if i % 20 == 0 or i == steps - 1:
-                speed = (i + 1) * args.batch_size / (time.perf_counter() - start)
-                bar.set_postfix(loss=f"{losses[i].item():.4f}", lam=f"{lam.item():+.2f}", images_s=f"{speed:.0f}")
+            losses[i] = output.loss.detach()  # stays on the device: to read it would make a GPU wait
+            if i % 20 == 0:
+                speed = (i + 1) * B / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {losses[i].item():.4f}, lambda {lam.item():+.2f}, {speed:.0f} images/s")
+                if not losses[i].isfinite():
+                    break
         if not losses.isfinite().all():
-            i = int((~losses.isfinite()).nonzero()[0])
+            i = int(losses.isfinite().logical_not().nonzero()[0])
             fail(
-                f"the loss is {losses[i].item()} at epoch {epoch}, step {i + 1}; a lower --lr may help; {run / 'checkpoint.pt'} "
-                f"is the model after epoch {epoch - 1}"
+                f"the loss became {losses[i].item()} in epoch {epoch}, step {i + 1} of {steps}; try a lower --lr; "
+                f"{run / 'checkpoint.pt'} still holds epoch {epoch - 1}"
             )
         if epoch:
-            loss, speed = losses.mean().item(), steps * args.batch_size / (time.perf_counter() - start)
+            loss, speed = losses.mean().item(), steps * B / (time.perf_counter() - start)
 
+        # What the epoch did: hardness, features, a line, a record, a checkpoint.
         measured, scores = hardness(model, fixed)
-        knn = model_knn(model, data, mean, std) if epoch % args.knn_every == 0 or epoch == args.epochs else None
-        log.append(
-            {
-                "epoch": epoch,
-                "lambda": lam.item(),
-                "loss": loss,
-                "loss_trivial": trivial,
-                **measured,
-                "knn": knn,
-                "lr": lr,
-                "images_per_s": speed,
-            }
-        )
         history.append(scores[:8].cpu())
+        due = data.classes and (epoch % args.knn_every == 0 or epoch == args.epochs)
+        knn = on_features(knn_accuracy, model, data, mean, std) if due else None
+        log.append(
+            {"epoch": epoch, "lambda": lam.item(), "loss": loss, "loss_trivial": trivial, **measured, "knn": knn}
+            | {"lr": lr, "images_per_s": speed}
+        )
+        print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if value is not None), flush=True)
+        rng_cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save(
-            {
-                "args": vars(args),
-                "config": asdict(config),
-                "epoch": epoch,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "mean": mean.cpu(),
-                "std": std.cpu(),
-                "log": log,
-                "history": history,
-                "images": data.val[:8],
-            },
+            {"args": vars(args), "config": asdict(config), "epoch": epoch, "model": model.state_dict()}
+            | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "rng_cuda": rng_cuda}
+            | {"mean": mean.cpu(), "std": std.cpu(), "log": log, "history": history, "images": data.val[:8].clone()},
             run,
         )
         with open(run / "log.jsonl", "a") as file:
             file.write(json.dumps(log[-1]) + "\n")
-        print("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items() if v is not None), flush=True)
-        if epoch == 0 and data.classes:
-            pixels = [x.flatten(1).float().to(device) - mean.mean() for x in (data.train, data.val)]
-            floor = knn_accuracy(pixels[0], data.train_labels, pixels[1], data.val_labels)
-            print(f"floors of the kNN accuracy: untrained encoder {knn:.1f} %, raw pixels {floor:.1f} %", flush=True)
 
     import visualize  # here, because it imports this file
 
@@ -620,93 +604,60 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line: an option, its default, its help, how it is read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one line, no usage
+    parser.error = fail  # one line and status 2, without the usage
 
-    def add(group, name, default, text, **kwargs):
-        shown = "" if default in (None, False) else f" (default: {default})"
-        group.add_argument(name, default=default, help=text.replace("%", "%%") + shown, **kwargs)
+    def add(option: str, default, text: str, type=None, **kwargs):
+        if type is not None:
+            kwargs["type"] = type
+        shown = f" (default: {default})" if default not in (None, False) else ""
+        group.add_argument(option, default=default, help=text + shown, **kwargs)
 
-    g = parser.add_argument_group("data")
-    add(
-        g,
-        "--data",
-        "shapes",
-        "shapes (generated), cifar10, cifar100 (downloaded once), or the path of an image folder: "
-        "train/ and val/ or test/ with a sub-folder per class, one tree with a sub-folder per class, or flat, without labels",
-    )
-    add(g, "--data-dir", "data", "where downloads are kept")
-    add(g, "--images", None, "use only this many of the training images", type=number(int, 1), metavar="N")
-    add(
-        g,
-        "--image-size",
-        None,
-        "height and width, or one for both, pixels (default: 32; for a folder the first image's, at most 224)",
-        type=number(int, 1),
-        nargs="+",
-        metavar="PIXELS",
-    )
-    add(
-        g,
-        "--holdout",
-        False,
-        "evaluate on a tenth of the training images instead of val/ or test/: for tuning",
-        action="store_true",
-    )
-    g = parser.add_argument_group("model")
-    add(g, "--model", "nano", "size: nano (CPU, minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
-    add(
-        g,
-        "--patch-size",
-        None,
-        "pixels (default: 4 for images below 64 pixels, 8 below 128, else 16)",
-        type=number(int, 1),
-    )
-    add(g, "--norm-pix", True, "predict patches standardised each by itself", action=argparse.BooleanOptionalAction)
-    g = parser.add_argument_group("masking")
-    add(g, "--masking", "curriculum", "learned masks, or random ones: plain MAE", choices=["curriculum", "random"])
-    add(g, "--mask-ratio", 0.75, "fraction of the patches that is hidden", type=number(float, 0, 1))
-    add(
-        g, "--lambda-start", 1.0, "curriculum factor at the first step: +1 partner, 0 neutral, -1 adversary", type=float
-    )
-    add(g, "--lambda-end", -1.0, "curriculum factor at the last step", type=float)
-    add(
-        g,
-        "--kappa",
-        1.0,
-        "std of the masker's scores, against 1.28 of the noise: how far masks may depart from random",
-        type=number(float, 1e-6),
-    )
-    add(g, "--tau", 1.0, "temperature of the straight-through gradient", type=number(float, 1e-6))
-    add(g, "--diversity", 0.0, "weight of the loss against one mask for all images", type=number(float, 0))
-    g = parser.add_argument_group("training")
-    add(g, "--epochs", 20, "passes over the training images", type=number(int, 1))
-    add(g, "--batch-size", 128, "images per step", type=number(int, 1))
-    add(g, "--lr", 1e-3, "peak learning rate per 256 images of a batch", type=number(float, 0))
-    add(g, "--weight-decay", 0.05, "of matrices; 0 for biases, norms, tokens", type=number(float, 0))
-    add(g, "--warmup-epochs", 2.0, "epochs in which the learning rate rises", type=number(float, 0))
-    add(g, "--min-crop", 0.2, "smallest area of the random-resized crop; 1 for none", type=number(float, 0.01, 1))
-    add(g, "--seed", 0, "of the weights, the order of the images, crops and masks", type=int)
-    g = parser.add_argument_group("machine and output")
-    add(g, "--device", None, "cuda, mps or cpu (default: the first of them that is there)")
-    add(g, "--amp", None, "bfloat16 matmuls (default: on CUDA only)", action=argparse.BooleanOptionalAction)
-    add(g, "--compile", False, "torch.compile the training step", action="store_true")
-    add(g, "--knn-every", 5, "epochs between kNN evaluations while training", type=number(int, 1))
-    add(g, "--out", None, "run folder (default: runs/ and the name of the data)")
-    add(g, "--overwrite", False, "replace an existing run", action="store_true")
-    g = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
-    add(g, "--resume", None, "go on with an interrupted run, with its options", metavar="RUN")
-    for mode, text in (
-        ("knn", "20 nearest neighbours"),
-        ("linear-probe", "a linear classifier on the frozen encoder"),
-        (
-            "finetune",
-            "training encoder and classifier; has its own --epochs 50, --batch-size 128, --lr 1e-3, "
-            "--warmup-epochs 5, --min-crop 0.3",
-        ),
-    ):
-        add(g, f"--{mode}", None, f"evaluate a run: {text}", metavar="RUN")
+    # fmt: off
+    group = parser.add_argument_group("data")
+    add("--data", "shapes", "shapes (generated), cifar10, cifar100 (downloaded once), or the path of an image folder: "
+        "with train/ and val/ or test/, or one sub-folder per class, or flat, without labels")
+    add("--data-dir", "data", "where downloads go")
+    add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
+    add("--image-size", None, "height and width, or both, pixels; default 32, or a folder's first image's up to 224",
+        number(int, 1), nargs="+", metavar="PIXELS")
+    add("--holdout", False, "evaluate on a tenth of the training images, not on val/ or test/: for tuning",
+        action="store_true")
+    group = parser.add_argument_group("model")
+    add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
+    add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
+    add("--norm-pix", True, "predict patches standardised each by itself", action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("masking")
+    add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
+    add("--mask-ratio", 0.75, "fraction of the patches that is masked", number(float, 0, 1))
+    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, 0 neutral, -1 adversary", float)
+    add("--lambda-end", -1.0, "curriculum factor at the last step", float)
+    add("--kappa", 1.0, "std of the masker's scores; that of the Gumbel noise is 1.28", number(float, 1e-6))
+    add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
+    add("--diversity", 0.0, "weight of the loss against one mask for all images", number(float, 0))
+    group = parser.add_argument_group("training")
+    add("--epochs", 20, "passes over the training images", number(int, 1))
+    add("--batch-size", 64, "images a step", number(int, 1))
+    add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
+    add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
+    add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", number(float, 0))
+    add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", number(float, 0.01, 1))
+    add("--seed", 0, "of weights, order, crops and masks", int)
+    group = parser.add_argument_group("machine and output")
+    add("--device", None, "cuda, mps or cpu; default the first that is there")
+    add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=argparse.BooleanOptionalAction)
+    add("--compile", False, "torch.compile the model", action="store_true")
+    add("--knn-every", 5, "epochs from one kNN evaluation to the next", number(int, 1))
+    add("--out", None, "run folder; default runs/ and the name of the data")
+    add("--overwrite", False, "replace the run in that folder", action="store_true")
+    group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
+    add("--resume", None, "go on with an interrupted run", metavar="RUN")
+    add("--knn", None, "evaluate a run by 20 nearest neighbours", metavar="RUN")
+    add("--linear-probe", None, "evaluate a run by a linear classifier on its frozen encoder", metavar="RUN")
+    add("--finetune", None, "evaluate a run by training encoder and classifier; its own defaults are --epochs 50 "
+        "--batch-size 128 --lr 2e-3 --warmup-epochs 5 --min-crop 0.3", metavar="RUN")
+    # fmt: on
     return parser
 
 
@@ -717,35 +668,31 @@ def main():
     typed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in typed.items() if value is not parser}  # without the defaults
 
-    for mode in ("knn", "linear_probe", "finetune"):
-        if mode in given:
-            return evaluate(mode, given[mode], given)
-
+    for mode in ("knn", "linear-probe", "finetune"):
+        if run := given.get(mode.replace("-", "_")):
+            return evaluate(mode, run, given)
     resumed = None
     if args.resume:
         _, resumed = load_run(args.resume)
-        saved = {**resumed["args"], "resume": args.resume, "out": args.resume}
-        for name in given.keys() - {"resume", "device", "compile", "knn_every", "data", "data_dir"}:
+        saved = resumed["args"] | {"resume": args.resume, "out": args.resume}
+        for name in given.keys() - {"device", "compile", "knn_every", "data", "data_dir"}:
             if given[name] != saved[name]:
-                fail(
-                    f"--{name.replace('_', '-')} {given[name]}: the run in {args.resume} has {saved[name]}; "
-                    f"a resumed run keeps its options"
-                )
-        args = argparse.Namespace(**{**saved, **given})
+                fail(f"--{name.replace('_', '-')} {given[name]}: {args.resume} has {saved[name]}, and keeps it")
+        args = argparse.Namespace(**saved | given)
     else:
         name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
         args.out = args.out or f"runs/{name}" + ("-random" if args.masking == "random" else "")
         if os.path.exists(args.out) and not args.overwrite:
             fail(
-                f"{args.out} exists; --resume {args.out} goes on with it, --overwrite replaces it, --out names another folder"
+                f"{args.out} exists: --resume {args.out} goes on with it, --overwrite replaces it, --out names another"
             )
     try:
         train(args, resumed)
     except KeyboardInterrupt:
-        if not (Path(args.out) / "checkpoint.pt").exists():
+        if not os.path.exists(f"{args.out}/checkpoint.pt"):
             fail("interrupted before the first checkpoint")
         print(
-            f"\ninterrupted; go on from the last whole epoch with: python train.py --resume {args.out}", file=sys.stderr
+            f"\ninterrupted; to go on from the last whole epoch: python train.py --resume {args.out}", file=sys.stderr
         )
         raise SystemExit(130) from None
 
