@@ -68,7 +68,7 @@ class Data(NamedTuple):
 
 
 def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Draw n images (n, 3, H, W) uint8 of one of ten shapes, four of a kind, on stripes; colour, place, angle at random.
+    """Draw n images (n, 3, H, W) uint8 of four shapes of a kind on stripes; kind, colour, place, angle at random.
 
     Returns the images and their classes (n,). The same seed gives the same images.
     """
@@ -661,11 +661,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main():
-    """The command."""
+def main(argv: list[str] | None = None):
+    """The command, with the words after its name."""
     parser = build_parser()
-    args = parser.parse_args()
-    typed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
+    args = parser.parse_args(argv)
+    typed = vars(parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in typed.items() if value is not parser}  # without the defaults
 
     for mode in ("knn", "linear-probe", "finetune"):

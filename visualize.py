@@ -38,16 +38,18 @@ def phase(lam: float) -> str:
 def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
     """An image (3, H, W) in [0, 255]; with a probability (h, w) of being masked over it, in colour on a grey image.
 
-    Red is masked more often than by a random mask, blue less often; a random mask leaves the image grey.
+    Red is masked more often than by a random mask, blue less often.
     """
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     extent = (0, image.shape[2], image.shape[1], 0)
     if probability is None:
-        return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0), extent=extent)
-    ax.imshow(image.float().mean(0), cmap="gray", vmin=-40, vmax=295, extent=extent)
+        return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy(), extent=extent)
+    ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=-40, vmax=295, extent=extent)
     width = min(ratio, 1 - ratio)
-    return ax.imshow(probability, cmap="RdBu_r", vmin=ratio - width, vmax=ratio + width, alpha=0.6, extent=extent)
+    return ax.imshow(
+        probability.numpy(), cmap="RdBu_r", vmin=ratio - width, vmax=ratio + width, alpha=0.6, extent=extent
+    )
 
 
 def probabilities(checkpoint: dict, model: CLMAE) -> list[Tensor]:
@@ -77,7 +79,7 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
         for ax, image, probability in zip(column, images, p[epoch], strict=False):
             drawn = show(ax, image, probability, ratio)
     bar = fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60)
-    bar.set_label(f"probability of being masked ({ratio:.2f}, grey: as by a random mask)", fontsize=8)
+    bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     fig.savefig(file, dpi=110)
     plt.close(fig)
@@ -184,7 +186,12 @@ def draw(run: str | Path):
     print(f"figures: {run / 'masks.png'}, masks.gif, reconstructions.png, curves.png")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None):
+    """The command, with the words after its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder written by train.py")
-    draw(parser.parse_args().run)
+    draw(parser.parse_args(argv).run)
+
+
+if __name__ == "__main__":
+    main()
