@@ -38,7 +38,7 @@ class Config:
     masker_depth: int = 1  # masker blocks
     masker_heads: int = 2  # masker attention heads
     mask_ratio: float = 0.75  # r, fraction of the patches that is hidden; K = round(L (1 - r))
-    kappa: float = 1.0  # std of the scores; the Gumbel noise has 1.28. 0: no masker, random masks, plain MAE
+    kappa: float = 2.0  # std of the scores at |lambda| = 1; the Gumbel noise has 1.28. 0: no masker, plain MAE
     tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
     diversity: float = 0.0  # weight of the loss against one mask for all images
     norm_pix: bool = True  # predict patches standardised each by itself instead of pixels
@@ -245,13 +245,12 @@ class Decoder(nn.Module):
 class Masker(nn.Module):
     """Look at all tokens x (B, L, D) and give each a score (B, L), high = keep visible. CL-MAE, Sec. 3.
 
-    The scores of each image have mean 0 and standard deviation kappa. Left free they grow until the noise of
-    `gumbel_top_k` no longer matters and the masks freeze; kappa bounds how far masks can depart from random ones.
+    The scores of each image have mean 0 and standard deviation 1. Left free they would grow until the noise of
+    `gumbel_top_k` no longer matters and the masks freeze.
     """
 
     def __init__(self, c: Config):
         super().__init__()
-        self.kappa = c.kappa
         self.embed = nn.Linear(c.dim, c.masker_dim)
         self.blocks = nn.ModuleList(Block(c.masker_dim, c.masker_heads) for _ in range(c.masker_depth))
         self.norm = nn.LayerNorm(c.masker_dim, eps=1e-6)
@@ -263,7 +262,7 @@ class Masker(nn.Module):
             x = block(x)
         scores = self.score(self.norm(x)).squeeze(-1).float()  # (B, L)
         scores = scores - scores.mean(1, keepdim=True)
-        return self.kappa * scores / (scores.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        return scores / (scores.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
 
 def gumbel_top_k(
@@ -349,6 +348,7 @@ class CLMAE(nn.Module):
         self,
         images: Tensor,
         lam: Tensor | float = 0.0,
+        kappa: Tensor | float | None = None,
         *,
         scores: Tensor | None = None,
         mask: Tensor | None = None,
@@ -356,7 +356,8 @@ class CLMAE(nn.Module):
     ) -> Output:
         """One step on standardised images (B, C, H, W).
 
-        lam: the curriculum factor; a 0-d tensor if the model is compiled (a float would recompile it at every step).
+        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. Pass both as 0-d
+        tensors if the model is compiled: it would be compiled anew for every float.
         scores: (B, L), sample from these instead of the masker's; zeros give random masks.
         mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
         """
@@ -368,7 +369,7 @@ class CLMAE(nn.Module):
         # 1. The masker scores every token. detach: it must not teach the patch embedding.
         learned = mask is None and scores is None and self.masker is not None
         if learned:
-            scores = self.masker(x.detach())  # (B, L)
+            scores = (c.kappa if kappa is None else kappa) * self.masker(x.detach())  # (B, L)
         elif scores is None:
             scores = x.new_zeros(x.shape[:2], dtype=torch.float32)
 

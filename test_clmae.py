@@ -176,11 +176,18 @@ def test_curriculum_factor_falls_linearly_and_is_exactly_zero_half_way():
             curriculum_factor(progress)
 
 
-def test_scores_have_mean_0_and_std_kappa(images):
+def test_scores_have_mean_0_and_std_kappa(model, images):
     for kappa in (0.5, 2.0):
-        scores = CLMAE(small(kappa=kappa))(images).scores
+        scores = model(images, kappa=kappa).scores
         torch.testing.assert_close(scores.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
         torch.testing.assert_close(scores.std(1, unbiased=False), torch.full((6,), kappa), atol=1e-3, rtol=0)
+
+
+def test_at_kappa_0_learned_masks_are_random_masks(model, images):
+    random = model(images, scores=torch.zeros(6, 16), generator=generator())
+    neutral = model(images, kappa=0.0, generator=generator())
+    assert torch.equal(neutral.mask, random.mask) and neutral.loss == random.loss
+    assert not torch.equal(model(images, generator=generator()).mask, random.mask)
 
 
 def test_mask_diversity_is_0_for_one_mask_and_near_1_for_unrelated_ones():
@@ -312,7 +319,7 @@ def test_a_compiled_step_equals_a_plain_one_and_is_not_compiled_again_for_anothe
                 for step in (compiled, model):
                     torch.manual_seed(0)
                     model.zero_grad()
-                    out = step(images, torch.tensor(lam))
+                    out = step(images, torch.tensor(lam), torch.tensor(2 * abs(lam)))
                     out.loss.backward()
                     results.append((out, [p.grad.clone() for p in model.parameters()]))
             (out, grads), (plain, plain_grads) = results
@@ -375,10 +382,17 @@ def test_features_equal_those_of_timms_vision_transformer(model, images):
 def test_features_equal_those_of_torchvisions_vision_transformer(model, images):
     vit = torchvision.models.VisionTransformer(16, 4, 2, 2, 32, 128)
     names = {
-        "cls_token": "class_token", "patch_embed.proj": "conv_proj", "pos_embed": "encoder.pos_embedding",
-        "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
-        "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3", "blocks.": "encoder.layers.encoder_layer_",
-    }  # fmt: skip
+        "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+        "patch_embed.proj": "conv_proj",
+        "blocks.": "encoder.layers.encoder_layer_",
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.qkv.": "self_attention.in_proj_",
+        "attn.proj": "self_attention.out_proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+    }
     state = {}
     for name, value in model.encoder.state_dict().items():
         name = name.replace("norm.", "encoder.ln.") if name.startswith("norm.") else name

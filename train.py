@@ -335,15 +335,16 @@ def on_features(score, model: CLMAE, data: Data, mean: Tensor, std: Tensor) -> f
 
 
 @torch.inference_mode()
-def hardness(model: CLMAE, images: Tensor) -> tuple[dict, Tensor]:
-    """How hard the learned masks are for the MAE as it stands, on standardised images (N, C, H, W).
+def hardness(model: CLMAE, images: Tensor, kappa: Tensor | float | None = None) -> tuple[dict, Tensor]:
+    """How hard the learned masks, at this kappa, are for the MAE as it stands, on standardised images (N, C, H, W).
 
     hardness = loss under the masker's masks / loss under random masks: below 1 the masker helps, above 1 it opposes.
     Both losses use the same noise, the same every time. Returns the figures and the scores (N, L).
     """
     outputs = []
     for scores in (images.new_zeros(len(images), model.config.patches), None):  # random, then the masker's
-        outputs.append(model(images, scores=scores, generator=torch.Generator(images.device).manual_seed(0)))
+        generator = torch.Generator(images.device).manual_seed(0)
+        outputs.append(model(images, kappa=kappa, scores=scores, generator=generator))
     random, learned = (o.loss.item() for o in outputs)
     diversity = mask_diversity(outputs[1].scores).item() if model.masker else None
     return {"loss_random": random, "hardness": learned / random, "diversity": diversity}, outputs[1].scores
@@ -532,7 +533,9 @@ def train(args: argparse.Namespace, resumed: dict | None):
         floor = knn_accuracy(pixels[0], data.train_labels, pixels[1], data.val_labels)
         print(f"kNN accuracy of raw pixels: {floor:.1f} %", flush=True)
     trivial = model.target(fixed).var(-1, unbiased=False).mean().item()  # loss of predicting each patch's own mean
-    lam, loss, lr, speed = torch.tensor(args.lambda_start, device=device), None, 0.0, None
+    lam = torch.tensor(args.lambda_start, device=device)
+    kappa = args.kappa * lam.abs()
+    loss, lr, speed = None, 0.0, None
 
     for epoch in range(first, args.epochs + 1):
         order, losses = torch.randperm(N, device=data.train.device), torch.zeros(steps, device=device)
@@ -540,13 +543,14 @@ def train(args: argparse.Namespace, resumed: dict | None):
         for i in (bar := tqdm(range(steps if epoch else 0), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
             step = (epoch - 1) * steps + i
             lam.fill_(curriculum_factor(step / max(1, args.epochs * steps - 1), args.lambda_start, args.lambda_end))
+            kappa = args.kappa * lam.abs()  # AdamW divides the size of lambda out of a gradient: it acts through kappa
             lr = args.lr * B / 256 * lr_factor(step / steps, args.epochs, args.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images = data.train[order[i * B : (i + 1) * B]].to(device)  # (B, 3, H, W) uint8
             images = augment(images, mean, std, args.min_crop)  # (B, 3, H, W)
             with autocast(args, device):
-                output = step_model(images, lam)
+                output = step_model(images, lam, kappa)
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -566,7 +570,7 @@ def train(args: argparse.Namespace, resumed: dict | None):
             loss, speed = losses.mean().item(), steps * B / (time.perf_counter() - start)
 
         # What the epoch did: hardness, features, a line, a record, a checkpoint.
-        measured, scores = hardness(model, fixed)
+        measured, scores = hardness(model, fixed, kappa)
         history.append(scores[:8].cpu())
         due = data.classes and (epoch % args.knn_every == 0 or epoch == args.epochs)
         knn = on_features(knn_accuracy, model, data, mean, std) if due else None
@@ -633,7 +637,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mask-ratio", 0.75, "fraction of the patches that is masked", number(float, 0, 1))
     add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, 0 neutral, -1 adversary", float)
     add("--lambda-end", -1.0, "curriculum factor at the last step", float)
-    add("--kappa", 1.0, "std of the masker's scores; that of the Gumbel noise is 1.28", number(float, 1e-6))
+    add("--kappa", 2.0, "std of the masker's scores at |lambda| = 1; the noise has 1.28", number(float, 1e-6))
     add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
     add("--diversity", 0.0, "weight of the loss against one mask for all images", number(float, 0))
     group = parser.add_argument_group("training")
