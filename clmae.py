@@ -38,7 +38,7 @@ class Config:
     masker_depth: int = 1  # masker blocks
     masker_heads: int = 2  # masker attention heads
     mask_ratio: float = 0.75  # r, fraction of the patches that is hidden; K = round(L (1 - r))
-    kappa: float = 2.0  # std of the scores at |lambda| = 1; the Gumbel noise has 1.28. 0: no masker, plain MAE
+    kappa: float = 2.0  # std of the masker's scores, against 1.28 of the Gumbel noise. 0: no masker, plain MAE
     tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
     diversity: float = 0.0  # weight of the loss against one mask for all images
     norm_pix: bool = True  # predict patches standardised each by itself instead of pixels
@@ -356,8 +356,8 @@ class CLMAE(nn.Module):
     ) -> Output:
         """One step on standardised images (B, C, H, W).
 
-        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. Pass both as 0-d
-        tensors if the model is compiled: it would be compiled anew for every float.
+        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. Pass both as
+        0-d tensors if the model is compiled: it would be compiled anew for every float.
         scores: (B, L), sample from these instead of the masker's; zeros give random masks.
         mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
         """

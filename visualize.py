@@ -25,14 +25,9 @@ COLOURS = {"partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}  
 
 def mask_probability(scores: Tensor, visible: int) -> Tensor:
     """The probability (N, L) of being masked given scores (N, L), by sampling; its mean is the mask ratio."""
-    generator = torch.Generator().manual_seed(0)
-    kept = sum(gumbel_top_k(scores, visible, generator=generator)[1] for _ in range(SAMPLES))
-    return 1 - kept / SAMPLES
-
-
-def phase(lam: float) -> str:
-    """What the masker is at this lambda."""
-    return "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
+    repeated = scores.expand(SAMPLES, -1, -1).flatten(0, 1)  # (SAMPLES * N, L)
+    _, kept, _ = gumbel_top_k(repeated, visible, generator=torch.Generator().manual_seed(0))
+    return 1 - kept.reshape(SAMPLES, *scores.shape).mean(0)
 
 
 def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
@@ -52,32 +47,29 @@ def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: floa
     )
 
 
-def probabilities(checkpoint: dict, model: CLMAE) -> list[Tensor]:
-    """By epoch, the probability of being masked as images (8, h, w)."""
-    c = model.config
-    return [mask_probability(scores, c.visible).reshape(-1, *c.grid) for scores in checkpoint["history"]]
+def masks_by_epoch(checkpoint: dict, model: CLMAE, most: int) -> list[tuple[int, float, str, Tensor]]:
+    """Epoch, lambda, what the masker is and its masks' probabilities (8, h, w), for at most `most` epochs."""
+    c, log, history, result = model.config, checkpoint["log"], checkpoint["history"], []
+    for epoch in torch.linspace(0, len(log) - 1, min(most, len(log))).round().int().tolist():
+        lam = log[epoch]["lambda"]
+        role = "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
+        result.append((epoch, lam, role, mask_probability(history[epoch], c.visible).reshape(-1, *c.grid)))
+    return result
 
 
 def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, columns: int = 9):
     """masks.png: held-out images down, epochs across."""
-    p, images, ratio = (
-        probabilities(checkpoint, model),
-        checkpoint["images"],
-        1 - model.config.visible / model.config.patches,
-    )
-    epochs = torch.linspace(0, len(p) - 1, min(columns, len(p))).round().int().tolist()
-    rows = min(rows, len(images))
-    size = (1 + len(epochs), rows + 1.1)
-    fig, axes = plt.subplots(rows, 1 + len(epochs), figsize=size, squeeze=False, layout="constrained")
-    for row, image in zip(axes, images, strict=False):
-        show(row[0], image)
+    images, ratio = checkpoint["images"][:rows], 1 - model.config.visible / model.config.patches
+    masks = masks_by_epoch(checkpoint, model, columns)
+    size = (1 + len(masks), len(images) + 1.1)
+    fig, axes = plt.subplots(len(images), 1 + len(masks), figsize=size, squeeze=False, layout="constrained")
     axes[0, 0].set_title("image\n", fontsize=8)
-    for column, epoch in zip(axes.T[1:], epochs, strict=True):
-        lam = checkpoint["log"][epoch]["lambda"]
-        title = f"epoch {epoch}\n$\\lambda$ = {lam:+.2f}\n{phase(lam)}"
-        column[0].set_title(title, fontsize=8, color=COLOURS[phase(lam)])
-        for ax, image, probability in zip(column, images, p[epoch], strict=False):
-            drawn = show(ax, image, probability, ratio)
+    for ax, image in zip(axes[:, 0], images, strict=True):
+        show(ax, image)
+    for column, (epoch, lam, role, probability) in zip(axes.T[1:], masks, strict=True):
+        column[0].set_title(f"epoch {epoch}\n$\\lambda$ = {lam:+.2f}\n{role}", fontsize=8, color=COLOURS[role])
+        for ax, image, p in zip(column, images, probability, strict=False):
+            drawn = show(ax, image, p, ratio)
     bar = fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60)
     bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -85,27 +77,22 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
     plt.close(fig)
 
 
-def draw_gif(checkpoint: dict, model: CLMAE, file: Path, most: int = 50):
-    """masks.gif: the same over time, one frame an epoch, at most `most` frames."""
-    p, images, ratio = (
-        probabilities(checkpoint, model),
-        checkpoint["images"],
-        1 - model.config.visible / model.config.patches,
-    )
-    frames = torch.linspace(0, len(p) - 1, min(most, len(p))).round().int().tolist()
-    fig, axes = plt.subplots(2, 4, figsize=(5, 3.1), layout="constrained")
+def draw_gif(checkpoint: dict, model: CLMAE, file: Path, most: int = 40):
+    """masks.gif: the same over time, a frame an epoch, at most `most` of them, two a second."""
+    images, ratio = checkpoint["images"][:6], 1 - model.config.visible / model.config.patches
+    fig, axes = plt.subplots(2, len(images), figsize=(1.2 * len(images), 2.8), squeeze=False, layout="constrained")
+    for ax, image in zip(axes[0], images, strict=True):
+        show(ax, image)
 
-    def frame(epoch: int):
-        lam = checkpoint["log"][epoch]["lambda"]
-        title = f"epoch {epoch}   $\\lambda$ = {lam:+.2f}   {phase(lam)}"
-        fig.suptitle(title, color=COLOURS[phase(lam)], family="monospace")
-        for ax, image, probability in zip(axes.flat, images, p[epoch], strict=False):
+    def frame(mask: tuple[int, float, str, Tensor]):
+        epoch, lam, role, probability = mask
+        title = f"epoch {epoch:3d}  $\\lambda$ = {lam:+.2f}  {role:9}"
+        fig.suptitle(title, color=COLOURS[role], family="monospace")
+        for ax, image, p in zip(axes[1], images, probability, strict=False):
             ax.clear()
-            show(ax, image, probability, ratio)
+            show(ax, image, p, ratio)
 
-    for ax in axes.flat[len(images) :]:
-        ax.axis("off")
-    FuncAnimation(fig, frame, frames).save(file, PillowWriter(fps=3), dpi=80)
+    FuncAnimation(fig, frame, masks_by_epoch(checkpoint, model, most)).save(file, PillowWriter(fps=2), dpi=80)
     plt.close(fig)
 
 
@@ -125,13 +112,13 @@ def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int =
         pasted = shown * (1 - mask) + patchify(pred, c.patch_size) * mask
         return [unpatchify(x, c.patch_size, c.grid) for x in (shown * (1 - mask) + 160 * mask, pasted)]
 
-    def sample(scores: Tensor | None) -> list[Tensor]:
+    def sample(scores: Tensor) -> list[Tensor]:
         return panels(model(images, scores=scores, generator=torch.Generator().manual_seed(0)))
 
     columns = {"original": raw}
     columns["random mask"], columns["reconstruction"] = sample(images.new_zeros(len(images), c.patches))
     if model.masker:
-        columns["learned mask"], columns["reconstruction "] = sample(None)
+        columns["learned mask"], columns["reconstruction "] = sample(checkpoint["history"][-1][:rows])
     fig, axes = plt.subplots(
         len(raw), len(columns), figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.6), squeeze=False, layout="constrained"
     )
