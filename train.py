@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torchvision.datasets
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional
 from tqdm import tqdm
 
@@ -178,8 +179,7 @@ def read_images(files: list[Path], size: tuple[int, int], what: str) -> Tensor:
 
 def load_data(args: argparse.Namespace) -> Data:
     """Read what --data names. Images without a held-out split give up every tenth of a fixed shuffle for one."""
-    size = args.image_size and (args.image_size[0], args.image_size[-1])
-    val = None
+    size, val = image_size(args), None
     if args.data == "shapes":
         size, n = size or (32, 32), args.images or 10_000
         check_memory(n + 2_000, size)
@@ -222,6 +222,13 @@ def load_data(args: argparse.Namespace) -> Data:
             fail(f"{len(train[0])} images in {args.data} are too few: at least 10, a tenth is held out")
         train, val = (train[0][~held], train[1][~held]), (train[0][held], train[1][held])
     return Data(*train, *val, classes)
+
+
+def image_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(height, width) asked for, None if left to the data."""
+    if args.image_size and len(args.image_size) > 2:
+        fail(f"--image-size {' '.join(map(str, args.image_size))}: one or two numbers")
+    return (args.image_size[0], args.image_size[-1]) if args.image_size else None
 
 
 def shuffled(n: int) -> Tensor:
@@ -469,6 +476,28 @@ def save(checkpoint: dict, run: Path):
         fail(f"cannot write {run / 'checkpoint.pt'} ({error.strerror}); the last checkpoint there is whole")
 
 
+def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device) -> tuple[CLMAE, torch.optim.AdamW]:
+    """Model and optimiser for images of (H, W) pixels: one loss, one backward, one AdamW for the MAE and its masker."""
+    try:
+        config = Config(
+            image_size=size,
+            patch_size=args.patch_size or default_patch(min(size)),
+            mask_ratio=args.mask_ratio,
+            kappa=args.kappa if args.masking == "curriculum" else 0.0,
+            tau=args.tau,
+            diversity=args.diversity,
+            norm_pix=args.norm_pix,
+            **MODELS[args.model],
+        )
+    except ValueError as error:
+        fail(str(error))
+    model = CLMAE(config).to(device)
+    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
+    others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+
+
 def train(args: argparse.Namespace, resumed: dict | None):
     """Train for args.epochs, from the start or from a checkpoint, and draw the figures."""
     device, run, B = pick_device(args.device), Path(args.out), args.batch_size
@@ -485,29 +514,9 @@ def train(args: argparse.Namespace, resumed: dict | None):
         data = data._replace(train=data.train.to(device))
     fixed = standardise(data.val[:500].to(device), mean, std)  # the held-out images that hardness is measured on
 
-    # Model and optimiser: one loss, one backward, one AdamW for the MAE and its masker.
-    try:
-        config = Config(
-            image_size=(H, W),
-            patch_size=args.patch_size or default_patch(min(H, W)),
-            mask_ratio=args.mask_ratio,
-            kappa=args.kappa if args.masking == "curriculum" else 0.0,
-            tau=args.tau,
-            diversity=args.diversity,
-            norm_pix=args.norm_pix,
-            **MODELS[args.model],
-        )
-    except ValueError as error:
-        fail(str(error))
     torch.manual_seed(args.seed)
-    model = CLMAE(config).to(device)
-    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
-    others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-        fused=device.type in ("cuda", "cpu"),
-    )
+    model, optimizer = build(args, (H, W), device)
+    config = model.config
     step_model = torch.compile(model) if args.compile else model
 
     first = 0  # epoch 0 trains nothing: it measures the untrained model, the floor of what follows
@@ -594,6 +603,63 @@ def train(args: argparse.Namespace, resumed: dict | None):
     visualize.draw(run)
 
 
+def benchmark(args: argparse.Namespace, repeats: int = 20):
+    """--benchmark: time a step of plain MAE and of CL-MAE, in turns, and the making of a batch."""
+    device, B = pick_device(args.device), args.batch_size
+    size = image_size(args) or (32, 32)
+    torch.set_float32_matmul_precision("high")
+    images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
+    mean, std = torch.full((2, 3, 1, 1), 127.0, device=device)
+    batch, lam, kappa = augment(images, mean, std, args.min_crop), *torch.tensor([-0.5, 1.0], device=device)
+
+    def make_step(masking: str):
+        model, optimizer = build(argparse.Namespace(**{**vars(args), "masking": masking}), size, device)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
+        compiled = torch.compile(model) if args.compile else model
+
+        def step(model: nn.Module = compiled):
+            with autocast(args, device):
+                loss = model(batch, lam, kappa).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with FlopCounterMode(display=False) as counter:
+            step(model)
+        return step, counter.get_total_flops()
+
+    steps = {"random masks": make_step("random"), "curriculum": make_step("curriculum")}
+    steps["making a batch"] = (lambda: augment(images[torch.randperm(B, device=device)], mean, std, args.min_crop)), 0
+    seconds = {name: [] for name in steps}
+    for repeat in range(repeats + 3):  # three to warm up
+        for name, (step, _) in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if repeat >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    base = torch.tensor(seconds["random masks"])
+    print(
+        f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}, {repeats} steps"
+    )
+    print("                 ms (median)  against random (quartiles)  images/s   TFLOP/s")
+    for name, (_, flops) in steps.items():
+        t = torch.tensor(seconds[name])
+        low, middle, high = (t / base).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        ms, rate = 1000 * t.median().item(), flops / t.median().item() / 1e12
+        print(f"{name:<15}{ms:10.2f}   {middle:.3f} ({low:.3f} to {high:.3f}){1000 * B / ms:12.0f}{rate:10.2f}")
+    if device.type == "cuda":
+        print(f"peak memory, both models: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+
+
+def synchronize(device: torch.device):
+    """Wait until the device has done what it was given."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number between low and high."""
 
@@ -641,7 +707,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
     add("--diversity", 0.0, "weight of the loss against one mask for all images", number(float, 0))
     group = parser.add_argument_group("training")
-    add("--epochs", 20, "passes over the training images", number(int, 1))
+    add("--epochs", 15, "passes over the training images", number(int, 1))
     add("--batch-size", 64, "images a step", number(int, 1))
     add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
     add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
@@ -657,6 +723,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", False, "replace the run in that folder", action="store_true")
     group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     add("--resume", None, "go on with an interrupted run", metavar="RUN")
+    add("--benchmark", False, "time steps of this --model, --batch-size, --image-size ...", action="store_true")
     add("--knn", None, "evaluate a run by 20 nearest neighbours", metavar="RUN")
     add("--linear-probe", None, "evaluate a run by a linear classifier on its frozen encoder", metavar="RUN")
     add("--finetune", None, "evaluate a run by training encoder and classifier; its own defaults are --epochs 50 "
@@ -675,6 +742,8 @@ def main(argv: list[str] | None = None):
     for mode in ("knn", "linear-probe", "finetune"):
         if run := given.get(mode.replace("-", "_")):
             return evaluate(mode, run, given)
+    if args.benchmark:
+        return benchmark(args)
     resumed = None
     if args.resume:
         _, resumed = load_run(args.resume)
