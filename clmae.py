@@ -437,7 +437,7 @@ def tour():
     show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
     x = model.encoder.embed(images)
     show("x", x, "a token per patch, with its position")
-    scores = model.masker(x.detach())
+    scores = c.kappa * model.masker(x.detach())
     show("scores", scores, f"the masker's, mean 0 and std kappa = {c.kappa:g}; high = keep visible")
     ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, draw())
     show("ids", ids, "the K patches that the encoder may see")
@@ -448,14 +448,13 @@ def tour():
     pred = model.decoder(z, ids)
     show("pred", pred, "every patch, predicted")
 
-    print("\nFirst image, patch by patch on its 4 x 4 grid:")
-    noisy = ["masked" if m == 0 else "  seen" for m in hard[0].int().tolist()]
+    print("\nFirst image, the scores of its 4 x 4 patches and what the noise made of them:")
     for row in range(4):
-        cells = [f"{scores[0, i].item():+.2f} {noisy[i]}" for i in range(4 * row, 4 * row + 4)]
+        cells = [f"{scores[0, i]:+.2f} {'seen' if hard[0, i] else '.   '}" for i in range(4 * row, 4 * row + 4)]
         print("   " + "   ".join(cells))
 
-    print("\nThe same step at three lambdas: one loss, two gradients")
-    print("   lambda     loss      encoder gradient   masker gradient   ... of its first weights")
+    print("\nOne loss, two gradients: the same step at three lambdas")
+    print("   lambda    loss     norm of the gradient: encoder     masker   masker, its first weights")
     for lam in (1.0, 0.0, -1.0):
         model.zero_grad()
         model(images, lam, generator=draw()).loss.backward()
@@ -464,7 +463,7 @@ def tour():
             torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
         ]
         first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad[0, :3].tolist())
-        print(f"   {lam:+.0f}      {loss:9.6f}   {norms[0]:16.6f}   {norms[1]:15.6f}   {first}")
+        print(f"   {lam:+.0f}      {loss:.5f}   {norms[0]:29.5f}   {norms[1]:8.5f}   {first}")
 
 
 if __name__ == "__main__":

@@ -530,7 +530,8 @@ def train(args: argparse.Namespace, resumed: dict | None):
             torch.cuda.set_rng_state(resumed["rng_cuda"])
     run.mkdir(parents=True, exist_ok=True)
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-    (run / "evaluation.json").unlink(missing_ok=True)  # of other weights
+    if not resumed:
+        (run / "evaluation.json").unlink(missing_ok=True)  # of the run that --overwrite replaces
 
     print(
         f"{args.data}: {N:,} training and {len(data.val):,} held-out images of {H} x {W} pixels, {len(data.classes)} "
@@ -580,7 +581,7 @@ def train(args: argparse.Namespace, resumed: dict | None):
 
         # What the epoch did: hardness, features, a line, a record, a checkpoint.
         measured, scores = hardness(model, fixed, kappa)
-        history.append(scores[:8].cpu())
+        history.append(scores[:8].cpu().clone())
         due = data.classes and (epoch % args.knn_every == 0 or epoch == args.epochs)
         knn = on_features(knn_accuracy, model, data, mean, std) if due else None
         log.append(
@@ -701,8 +702,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
     add("--mask-ratio", 0.75, "fraction of the patches that is masked", number(float, 0, 1))
-    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, 0 neutral, -1 adversary", float)
-    add("--lambda-end", -1.0, "curriculum factor at the last step", float)
+    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, 0 neutral, -1 adversary", number(float, -1, 1))
+    add("--lambda-end", -1.0, "curriculum factor at the last step", number(float, -1, 1))
     add("--kappa", 2.0, "std of the masker's scores at |lambda| = 1; the noise has 1.28", number(float, 1e-6))
     add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
     add("--diversity", 0.0, "weight of the loss against one mask for all images", number(float, 0))
@@ -768,6 +769,8 @@ def main(argv: list[str] | None = None):
             f"\ninterrupted; to go on from the last whole epoch: python train.py --resume {args.out}", file=sys.stderr
         )
         raise SystemExit(130) from None
+    except OSError as error:  # no room, no right to write
+        fail(str(error))
 
 
 if __name__ == "__main__":
