@@ -559,7 +559,8 @@ def test_class_folders_with_and_without_a_held_out_split(tmp_path):
             save_images(tmp_path / split / name, 10)
     data = train.load_data(parse(["--data", str(tmp_path)]))
     assert data.classes == ["cat", "dog"] and len(data.train) == len(data.val) == 20
-    assert data.train_labels.bincount().tolist() == [10, 10]
+    assert data.train_labels.bincount().tolist() == data.val_labels.bincount().tolist() == [10, 10]
+    assert data.val_labels[:8].unique().tolist() == [0, 1]  # shuffled: the figures show the first eight
     assert data.train.shape[2:] == (16, 16)  # as the files are
     data = train.load_data(parse(["--data", str(tmp_path), "--holdout"]))
     assert len(data.train) == 18 and len(data.val) == 2

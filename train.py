@@ -215,7 +215,8 @@ def load_data(args: argparse.Namespace) -> Data:
             files, labels, val_classes = list_folder(val_dir)
             if val_classes != classes:
                 fail(f"{val_dir} and {train_dir} have different classes: {sorted({*classes} ^ {*val_classes})[:5]}")
-            val = read_images(files, size, "val"), labels
+            order = shuffled(len(files))  # the first images stand for all of them in figures and hardness
+            val = read_images([files[i] for i in order.tolist()], size, "val"), labels[order]
     if val is None or args.holdout:
         held = torch.arange(len(train[0])) % 10 == 9
         if not held.any():
@@ -702,7 +703,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
     add("--mask-ratio", 0.75, "fraction of the patches that is masked", number(float, 0, 1))
-    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, 0 neutral, -1 adversary", number(float, -1, 1))
+    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, -1 adversary", number(float, -1, 1))
     add("--lambda-end", -1.0, "curriculum factor at the last step", number(float, -1, 1))
     add("--kappa", 2.0, "std of the masker's scores at |lambda| = 1; the noise has 1.28", number(float, 1e-6))
     add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
