@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
     `log_keep` (B, N) is added to the logits: softmax(q k / sqrt(d) + log keep) are the weights softmax(q k / sqrt(d))
     multiplied by keep of the key's token and renormalised. It is written out, not called as a fused kernel, because the
-    gate's gradient is the point here, and because at these lengths it is as fast or faster.
+    gate's gradient is the point here; on a CPU, at these lengths, it is as fast.
     """
 
     def __init__(self, dim: int, heads: int):
