@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    """Everything that shapes the model. Lengths of tokens are widths (features), sizes of images are pixels."""
+    """Everything that shapes the model and its loss. Widths are in features, image sizes in pixels."""
 
     image_size: tuple[int, int] = (32, 32)  # (height, width), pixels
     patch_size: int = 4  # side of a square patch, pixels; divides both image sides
@@ -58,6 +58,10 @@ class Config:
             dim, heads = getattr(self, f"{part}dim"), getattr(self, f"{part}heads")
             if heads < 1 or dim < 1 or dim % heads or dim % 4:
                 raise ValueError(f"{part}dim {dim} must be a multiple of 4 and of {part}heads {heads}")
+        if self.norm_pix and self.patch_size**2 * self.channels < 2:
+            raise ValueError(
+                "norm_pix needs more than 1 value in a patch: patch_size 1 with channels 1 has no variance"
+            )
         if self.kappa < 0 or self.tau <= 0 or self.diversity < 0:
             raise ValueError(f"kappa {self.kappa} and diversity {self.diversity} must be >= 0, tau {self.tau} > 0")
 
@@ -190,6 +194,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
+        self.size = (c.channels, *c.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.register_buffer("pos_embed", sincos_positions(c.grid, c.dim))  # (1, 1+L, D)
         self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.dim)
@@ -198,6 +203,9 @@ class Encoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens with their positions, x (B, L, D)."""
+        if images.shape[1:] != self.size:
+            C, H, W = self.size
+            raise ValueError(f"images {tuple(images.shape)} must be (B, {C}, {H}, {W})")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -245,8 +253,8 @@ class Decoder(nn.Module):
 class Masker(nn.Module):
     """Look at all tokens x (B, L, D) and give each a score (B, L), high = keep visible. CL-MAE, Sec. 3.
 
-    The scores of each image have mean 0 and standard deviation 1. Left free they would grow until the noise of
-    `gumbel_top_k` no longer matters and the masks freeze.
+    The scores of each image have mean 0 and std 1; the forward pass multiplies them by kappa, which says how far masks
+    may depart from random ones. Left free they would grow until the noise of `gumbel_top_k` drowns and masks freeze.
     """
 
     def __init__(self, c: Config):
@@ -260,7 +268,8 @@ class Masker(nn.Module):
         x = self.embed(x)  # (B, L, Dm)
         for block in self.blocks:
             x = block(x)
-        scores = self.score(self.norm(x)).squeeze(-1).float()  # (B, L)
+        with torch.autocast(x.device.type, enabled=False):  # float32: bfloat16 would round scores into ties
+            scores = self.score(self.norm(x.float())).squeeze(-1)  # (B, L)
         scores = scores - scores.mean(1, keepdim=True)
         return scores / (scores.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
@@ -279,7 +288,8 @@ def gumbel_top_k(
     """
     if not 1 <= k < scores.shape[1]:
         raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
-    noise = -torch.empty_like(scores).exponential_(generator=generator).log()  # Gumbel(0, 1) = -log Exp(1)
+    exponential = torch.empty_like(scores).exponential_(generator=generator)
+    noise = -exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()  # Gumbel(0, 1) = -log Exp(1)
     y = scores + noise  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
     theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
@@ -292,7 +302,8 @@ def gumbel_top_k(
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
     """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
 
-    CL-MAE, Sec. 3: it multiplies the reconstruction loss of the masker only.
+    CL-MAE, Sec. 3: it multiplies the reconstruction loss of the masker only. AdamW divides the size of a gradient out,
+    and with it that of lambda; so train.py makes the scores' std kappa * |lambda| as well: at 0 the masks are random.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} must be between 0 and 1")
@@ -302,7 +313,7 @@ def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) ->
 def mask_diversity(scores: Tensor) -> Tensor:
     """The share (0-d, 0 to 1) of the scores' variance over tokens that differs from image to image, scores (B, L).
 
-    0: one mask for all images. 1: no two images agree more than chance.
+    0: one mask for all images. B unrelated images have 1 - 1/B.
     """
     common = scores.mean(0).square().mean()  # what all images share; the scores of an image have mean 0
     return 1 - common / scores.square().mean().clamp_min(1e-12)
@@ -311,7 +322,7 @@ def mask_diversity(scores: Tensor) -> Tensor:
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    loss: Tensor  # (), the one to call backward() on; its value does not depend on lambda
+    loss: Tensor  # (), the one to call backward() on; its value does not depend on lambda; includes the diversity loss
     pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
     mask: Tensor  # (B, L), 1 = masked, 0 = visible
     scores: Tensor  # (B, L), the masker's; zeros if the masks are random
@@ -361,10 +372,11 @@ class CLMAE(nn.Module):
         scores: (B, L), sample from these instead of the masker's; zeros give random masks.
         mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
         """
-        c, size = self.config, (self.config.channels, *self.config.image_size)
-        if images.shape[1:] != size:
-            raise ValueError(f"images {tuple(images.shape)} must be (B, {size[0]}, {size[1]}, {size[2]})")
+        c = self.config
         x = self.encoder.embed(images)  # (B, L, D)
+        for name, given in (("scores", scores), ("mask", mask)):
+            if given is not None and given.shape != x.shape[:2]:
+                raise ValueError(f"{name} {tuple(given.shape)} must be (B, L) = {tuple(x.shape[:2])}")
 
         # 1. The masker scores every token. detach: it must not teach the patch embedding.
         learned = mask is None and scores is None and self.masker is not None
@@ -378,10 +390,12 @@ class CLMAE(nn.Module):
             ids, keep, soft = gumbel_top_k(scores.float(), c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
         else:
             keep = 1 - mask.float()  # (B, L)
-            visible = keep.sum(1)
-            if not (visible == visible[0]).all() or not 1 <= visible[0] < c.patches:
-                raise ValueError(f"mask must leave the same number of patches visible in each image, not {visible}")
-            ids = keep.topk(int(visible[0]), dim=1).indices  # (B, K)
+            K, *others = (keep == 1).sum(1).unique().tolist()
+            if others or not 1 <= K < c.patches or not ((keep == 0) | (keep == 1)).all():
+                raise ValueError(
+                    f"mask must be 0 or 1 and leave equally many patches of each image visible, not {[K, *others]}"
+                )
+            ids = keep.topk(K, dim=1).indices  # (B, K)
         hidden = 1 - keep  # (B, L), constant: 1 = masked
 
         # 3. The curriculum in one line. lam times the straight-through gradient reaches the masker, while the value of
@@ -457,8 +471,8 @@ def tour():
     print("   lambda    loss     norm of the gradient: encoder     masker   masker, its first weights")
     for lam in (1.0, 0.0, -1.0):
         model.zero_grad()
-        model(images, lam, generator=draw()).loss.backward()
-        loss = model(images, lam, generator=draw()).loss.item()
+        loss = model(images, lam, generator=draw()).loss
+        loss.backward()
         norms = [
             torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
         ]

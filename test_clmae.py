@@ -119,11 +119,10 @@ def test_lambda_scales_the_maskers_gradient_and_touches_nothing_else(model, imag
 
 
 def test_the_masker_does_not_teach_the_patch_embedding(model, images):
-    model.masker(model.encoder.embed(images).detach()).sum().backward()
+    scores = model(images, 1.0).scores
+    (scores * torch.randn_like(scores)).sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
-    x = model.encoder.embed(images)
-    model(images, 1.0, generator=generator())
-    assert x.requires_grad  # it could have been taught
+    assert all(p.grad is not None for p in model.masker.parameters())
 
 
 def test_a_gate_is_the_derivative_of_fading_a_key_out(images):
@@ -283,11 +282,20 @@ def test_a_mask_and_scores_can_be_passed_in(model, images):
     scores = 1e3 * (1 - mask)
     assert ((model(images, scores=scores).mask == 0).sum(1) == 4).all()
     assert (model(images, scores=scores).mask[:, [0, 5, 7]] == 0).all()
-    mask[0, 1] = 0
-    with pytest.raises(ValueError, match="same number of patches visible"):
-        model(images, mask=mask)
-    with pytest.raises(ValueError, match=r"images \(2, 1, 16, 16\)"):
-        model(torch.zeros(2, 1, 16, 16))
+    for wrong in (
+        torch.ones(6, 16),
+        torch.zeros(6, 16),
+        torch.full((6, 16), 0.5),
+        (torch.arange(96) % 5 > 0).reshape(6, 16),
+    ):
+        with pytest.raises(ValueError, match="mask must be 0 or 1 and leave equally many"):
+            model(images, mask=wrong)
+    for name in ("scores", "mask"):
+        with pytest.raises(ValueError, match=rf"{name} \(1, 16\) must be \(B, L\) = \(6, 16\)"):
+            model(images, **{name: torch.ones(1, 16)})
+    for step in (model, model.encode):
+        with pytest.raises(ValueError, match=r"images \(2, 3, 8, 32\) must be \(B, 3, 16, 16\)"):
+            step(torch.zeros(2, 3, 8, 32))
 
 
 def test_the_same_seed_gives_the_same_result(images):
@@ -420,6 +428,7 @@ def test_encode_never_masks_and_repeats_itself(model, images):
         ({"heads": 3}, "dim 32 must be a multiple of 4 and of heads 3"),
         ({"masker_dim": 6}, "masker_dim 6"),
         ({"tau": 0.0}, "tau 0.0 > 0"),
+        ({"patch_size": 1, "channels": 1}, "norm_pix needs more than 1 value in a patch"),
     ],
 )
 def test_config_names_what_cannot_be(change, message):
@@ -522,11 +531,19 @@ def test_the_linear_probe_finds_what_is_linear_and_nothing_else():
     assert train.linear_probe(z[:400], unrelated[:400], z[400:], unrelated[400:]) < 65
 
 
-def test_hardness_of_random_masks_is_1():
+def test_hardness_is_the_ratio_of_two_reconstruction_losses(images):
+    """1 for masks that are random; with a diversity loss, which only one of the passes has, still the ratio."""
     torch.manual_seed(0)
-    images = torch.randn(20, 3, 16, 16)
     figures, scores = train.hardness(CLMAE(small(kappa=0.0)), images)
     assert figures["hardness"] == 1 and figures["diversity"] is None and (scores == 0).all()
+    model = CLMAE(small(diversity=1.0))
+    assert train.hardness(model, images, kappa=0.0)[0]["hardness"] == 1
+    figures, scores = train.hardness(model, images, kappa=3.0)
+    learned = model(images, scores=scores, generator=generator())
+    random = model(images, scores=torch.zeros(6, 16), generator=generator())
+    assert figures["loss_random"] == pytest.approx(random.loss.item(), rel=1e-6)
+    assert figures["hardness"] == pytest.approx((learned.loss / random.loss).item(), rel=1e-5)
+    assert abs(figures["hardness"] - 1) > 1e-3
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
@@ -534,14 +551,28 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_a_folder_of_any_images_becomes_one_tensor(tmp_path, capsys):
-    for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "LA", "I;16"):
-        if mode != "I;16":
-            save_images(tmp_path / "mixed", 2, mode, (40, 24))
+    for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "LA"):
+        save_images(tmp_path / "mixed", 2, mode, (40, 24))
     save_images(tmp_path / "mixed", 20, "RGB", (19, 33))
     args = train.build_parser().parse_args(["--data", str(tmp_path / "mixed"), "--image-size", "16", "24"])
     data = train.load_data(args)
     assert data.train.shape == (31, 3, 16, 24) and data.val.shape == (3, 3, 16, 24) and data.classes == []
     assert data.train.float().flatten(1).std(1).min() > 5  # none is blank
+
+
+def test_sixteen_bit_pictures_keep_their_shades(tmp_path):
+    ramp = (torch.arange(16) * 4096).expand(16, 16).to(torch.int32).numpy()
+    Image.fromarray(ramp.astype("uint16")).save(tmp_path / "deep.png")
+    assert (train.read_image(tmp_path / "deep.png", (16, 16))[0, 0].int() - torch.arange(16) * 16).abs().max() <= 1
+
+
+def test_photographs_stand_upright(tmp_path):
+    image = Image.new("RGB", (16, 16), "red")
+    image.paste("blue", (0, 0, 16, 8))  # blue above red
+    exif = image.getexif()
+    exif[0x0112] = 3  # turned by half a turn
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert train.read_image(tmp_path / "turned.png", (16, 16))[:, 2, 8].tolist() == [255, 0, 0]
 
 
 def test_a_picture_keeps_its_orientation_and_middle(tmp_path):
@@ -600,6 +631,8 @@ def test_a_run_leaves_a_log_a_checkpoint_and_pictures(run):
     assert records[0]["lambda"] == 1 and records[0]["loss"] is None and records[2]["lambda"] == -1
     checkpoint = weights(run)
     assert checkpoint["log"] == records and len(checkpoint["history"]) == 3
+    for record, scores in zip(records, checkpoint["history"], strict=True):  # masks are as strong as lambda
+        assert scores.std(1, unbiased=False).mean().item() == pytest.approx(2 * abs(record["lambda"]), rel=1e-2)
     assert checkpoint["images"].shape == (8, 3, 32, 32)
     for name in ("masks.png", "masks.gif", "reconstructions.png", "curves.png"):
         with Image.open(run / name) as picture:
@@ -641,6 +674,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     assert (tmp_path / "broken" / "log.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has another Ctrl-C")
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", *options("--out", out, "--epochs", 500)]
@@ -722,6 +756,10 @@ def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
     assert str(good[7]) in run_fails(capsys, *options("--data", tmp_path / "photos", "--batch-size", 8))
     good[7].write_text("not an image")
     assert str(good[7]) in run_fails(capsys, *options("--data", tmp_path / "photos", "--batch-size", 8))
+    save_images(tmp_path / "photos" / "thumbs", 3)
+    assert "40 images beside folders of images (thumbs)" in run_fails(capsys, *options("--data", tmp_path / "photos"))
+    save_images(tmp_path / "tiny", 20, size=(3, 9))
+    assert "only 3 pixels wide or high" in run_fails(capsys, *options("--data", tmp_path / "tiny"))
     save_images(tmp_path / "few", 5)
     assert "5 images" in run_fails(capsys, *options("--data", tmp_path / "few"))
     save_images(tmp_path / "split" / "train" / "cat", 3)
@@ -745,8 +783,17 @@ def test_a_resumed_run_keeps_its_options(run, capsys):
     assert f"--epochs 9: {run} has 2" in run_fails(capsys, "--resume", run, "--epochs", 9)
 
 
+def test_a_run_is_not_resumed_or_evaluated_on_other_images(run, tmp_path, capsys):
+    save_images(tmp_path / "other", 40, size=(32, 32))
+    assert f"{tmp_path / 'other'} has changed" in run_fails(capsys, "--resume", run, "--data", tmp_path / "other")
+    assert f"--image-size [16]: {run} was trained on [32, 32]" in run_fails(capsys, "--knn", run, "--image-size", 16)
+    assert "--knn needs class labels" in run_fails(capsys, "--knn", run, "--data", tmp_path / "other")
+
+
 def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
     file = tmp_path / "checkpoint.pt"
+    file.touch()
+    assert f"{file} is damaged" in run_fails(capsys, "--knn", tmp_path)
     file.write_bytes((run / "checkpoint.pt").read_bytes()[:5000])
     assert f"{file} is damaged" in run_fails(capsys, "--resume", tmp_path)
     torch.save({"weights": torch.zeros(3)}, file)
@@ -780,7 +827,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
     error = run_fails(capsys, *options("--out", tmp_path / "run", "--lr", 1e30, "--warmup-epochs", 0))
     assert re.search(r"the loss became (nan|inf) in epoch 1, step \d of 2", error)
-    assert train.load_run(tmp_path / "run")[1]["epoch"] == 0
+    last_step = options("--out", tmp_path / "last", "--lr", 1e30, "--warmup-epochs", 0, "--batch-size", 64)
+    assert "no longer finite after the last step of epoch 1" in run_fails(capsys, *last_step)
+    assert all(train.load_run(tmp_path / name)[1]["epoch"] == 0 for name in ("run", "last"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -789,7 +838,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 def readme_commands() -> list[str]:
     """Every line of the README's shell blocks that runs one of the scripts."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     return [line.split("#")[0].strip() for b in blocks for line in b.splitlines() if re.match(r"python \w+\.py", line)]
 
 

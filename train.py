@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import torchvision.datasets
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional
@@ -121,12 +121,12 @@ def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
 
 def check_memory(n: int, size: tuple[int, int]):
     """Refuse n images of (H, W) pixels that cannot fit, before any is read."""
-    need = n * 3 * size[0] * size[1]
+    need = 2 * n * 3 * size[0] * size[1]  # once as they come, once as they are split
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows does not tell
         return
-    if need > 0.8 * have:
+    if need > have:
         fail(
             f"{n:,} images of {size[0]} x {size[1]} pixels take {need / 1e9:.1f} GB and this machine has "
             f"{have / 1e9:.1f} GB; use fewer (--images) or smaller ones (--image-size)"
@@ -137,10 +137,15 @@ def list_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     """Image files, labels (-1 if none) and class names of a folder: one sub-folder per class, or flat, no labels."""
 
     def images(path: Path, pattern: str) -> list[Path]:
-        return sorted(p for p in path.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
+        found = (p for p in path.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
 
-    classes = {p.name: images(p, "**/*") for p in sorted(folder.iterdir()) if p.is_dir()}
-    classes = {name: files for name, files in classes.items() if files} or {"": images(folder, "*")}
+    flat = images(folder, "*")
+    classes = {p.name: images(p, "**/*") for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "."}
+    classes = {name: files for name, files in classes.items() if files}
+    if flat and classes:
+        fail(f"{folder} has {len(flat)} images beside folders of images ({', '.join(classes)}); it must be either")
+    classes = classes or {"": flat}
     files = [file for c in classes.values() for file in c]
     if not files:
         fail(f"no images in {folder}: expected {' '.join(sorted(IMAGE_SUFFIXES))}, flat or one sub-folder per class")
@@ -152,6 +157,9 @@ def list_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     """Decode an image of any mode to RGB (3, H, W) uint8: resized to cover H x W, then cropped to its centre."""
     with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)  # photographs of a telephone are stored lying
+        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to white
+            image = image.point(lambda value: value / 256).convert("L")
         image = image.convert("RGB")
     scale = max(size[0] / image.height, size[1] / image.width)
     cover = (round(image.height * scale), round(image.width * scale))
@@ -206,10 +214,9 @@ def load_data(args: argparse.Namespace) -> Data:
         train_dir = root / "train" if (root / "train").is_dir() else root
         val_dir = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         files, labels, classes = list_folder(train_dir)
+        size = size or default_size(files[0], args.patch_size)
         order = shuffled(len(files))[: args.images]
         files, labels = [files[i] for i in order.tolist()], labels[order]
-        if size is None:
-            size = default_size(files[0], args.patch_size)
         train = read_images(files, size, "train"), labels
         if train_dir != root and val_dir and not args.holdout:
             files, labels, val_classes = list_folder(val_dir)
@@ -247,9 +254,12 @@ def default_size(path: Path, patch_size: int | None) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             side = min(224, *image.size)
-    except OSError as error:
+    except Exception as error:
         fail(f"cannot read the image {path} ({error}); repair or remove it")
-    side -= side % (patch_size or default_patch(side))
+    patch_size = patch_size or default_patch(side)
+    if side < patch_size:
+        fail(f"{path} is only {side} pixels wide or high, less than a patch of {patch_size}; --image-size enlarges it")
+    side -= side % patch_size
     return side, side
 
 
@@ -291,8 +301,8 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def features(model: CLMAE, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pooled features (N, D) of uint8 images (N, 3, H, W), in large chunks."""
-    pooled = [model.encode(standardise(x.to(mean.device), mean, std))[:, 1:].mean(1) for x in images.split(1000)]
-    return torch.cat(pooled)
+    chunks = images.split(max(1, 64_000 // model.config.patches))  # the attention maps are the large thing here
+    return torch.cat([model.encode(standardise(x.to(mean.device), mean, std))[:, 1:].mean(1) for x in chunks])
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -359,7 +369,7 @@ def hardness(model: CLMAE, images: Tensor, kappa: Tensor | float | None = None) 
     for scores in (images.new_zeros(len(images), model.config.patches), None):  # random, then the masker's
         generator = torch.Generator(images.device).manual_seed(0)
         outputs.append(model(images, kappa=kappa, scores=scores, generator=generator))
-    random, learned = (o.loss.item() for o in outputs)
+    random, learned = (((o.patch_loss * o.mask).sum() / o.mask.sum()).item() for o in outputs)
     diversity = mask_diversity(outputs[1].scores).item() if model.masker else None
     return {"loss_random": random, "hardness": learned / random, "diversity": diversity}, outputs[1].scores
 
@@ -390,6 +400,8 @@ def finetune(model: CLMAE, data: Data, mean: Tensor, std: Tensor, args: argparse
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if not loss.isfinite():
+            fail(f"the loss of fine-tuning became {loss.item()} in epoch {epoch + 1}; try a lower --lr")
     with torch.no_grad():
         return accuracy(head(features(model, data.val, mean, std)), data.val_labels)
 
@@ -398,7 +410,10 @@ def evaluate(mode: str, path: str, given: dict):
     """--knn, --linear-probe or --finetune on a finished run, and on a random encoder as the floor beside it."""
     model, checkpoint = load_run(path)
     own = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3, "device": None}
-    args = argparse.Namespace(**{**checkpoint["args"], **own, **given})
+    size = list(model.config.image_size)
+    if given.get("image_size", size) != size:
+        fail(f"--image-size {given['image_size']}: {path} was trained on {size}")
+    args = argparse.Namespace(**{**checkpoint["args"], **own, **given, "image_size": size})
     device, data = pick_device(args.device), load_data(args)
     if not data.classes:
         fail(f"--{mode} needs class labels; the images of {args.data} have none")
@@ -465,7 +480,7 @@ def load_run(path: str | Path) -> tuple[CLMAE, dict]:
         model = CLMAE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as error:  # a damaged file fails in many ways
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["empty"])[0]
         fail(f"{file} is damaged or not a checkpoint of this program ({type(error).__name__}: {reason})")
     return model, checkpoint
 
@@ -480,7 +495,7 @@ def save(checkpoint: dict, run: Path):
         os.replace(temporary, run / "checkpoint.pt")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {run / 'checkpoint.pt'} ({error.strerror}); the last checkpoint there is whole")
+        fail(f"cannot write {run / 'checkpoint.pt'} ({error.strerror}); an earlier one there is still whole")
 
 
 def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device) -> tuple[CLMAE, torch.optim.AdamW]:
@@ -529,16 +544,22 @@ def train(args: argparse.Namespace, resumed: dict | None):
     first = 0  # epoch 0 trains nothing: it measures the untrained model, the floor of what follows
     log, history = [], []  # by epoch: the record in log.jsonl, the scores (8, L) of 8 held-out images
     if resumed:
+        if (N, asdict(config)) != (resumed["N"], resumed["config"]):
+            fail(
+                f"{args.data} has changed: {run} was trained on {resumed['N']} images with {resumed['config']}, "
+                f"now there are {N} and {asdict(config)}"
+            )
         first, log, history = resumed["epoch"] + 1, resumed["log"], resumed["history"]
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         torch.set_rng_state(resumed["rng"])
-        if device.type == "cuda" and resumed["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(resumed["rng_cuda"])
+        if device.type in resumed["rng_device"]:
+            getattr(torch, device.type).set_rng_state(resumed["rng_device"][device.type])
     run.mkdir(parents=True, exist_ok=True)
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-    if not resumed:
-        (run / "evaluation.json").unlink(missing_ok=True)  # of the run that --overwrite replaces
+    if not resumed:  # what --overwrite replaces
+        for name in ("checkpoint.pt", "evaluation.json"):
+            (run / name).unlink(missing_ok=True)
 
     print(
         f"{args.data}: {N:,} training and {len(data.val):,} held-out images of {H} x {W} pixels, {len(data.classes)} "
@@ -555,7 +576,7 @@ def train(args: argparse.Namespace, resumed: dict | None):
     loss, lr, speed = None, 0.0, None
 
     for epoch in range(first, args.epochs + 1):
-        order, losses = torch.randperm(N, device=data.train.device), torch.zeros(steps, device=device)
+        order, losses = torch.randperm(N).to(data.train.device), torch.zeros(steps, device=device)
         start = time.perf_counter()
         for i in (bar := tqdm(range(steps if epoch else 0), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
             step = (epoch - 1) * steps + i
@@ -588,6 +609,8 @@ def train(args: argparse.Namespace, resumed: dict | None):
 
         # What the epoch did: hardness, features, a line, a record, a checkpoint.
         measured, scores = hardness(model, fixed, kappa)
+        if not math.isfinite(measured["loss_random"]):
+            fail(f"the model is no longer finite after the last step of epoch {epoch}; try a lower --lr")
         history.append(scores[:8].cpu().clone())
         due = data.classes and (epoch % args.knn_every == 0 or epoch == args.epochs)
         knn = on_features(knn_accuracy, model, data, mean, std) if due else None
@@ -596,11 +619,18 @@ def train(args: argparse.Namespace, resumed: dict | None):
             | {"lr": lr, "images_per_s": speed}
         )
         print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if value is not None), flush=True)
-        rng_cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+        rng_device = {} if device.type == "cpu" else {device.type: getattr(torch, device.type).get_rng_state()}
         save(
             {"args": vars(args), "config": asdict(config), "epoch": epoch, "model": model.state_dict()}
-            | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "rng_cuda": rng_cuda}
-            | {"mean": mean.cpu(), "std": std.cpu(), "log": log, "history": history, "images": data.val[:8].clone()},
+            | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "rng_device": rng_device}
+            | {
+                "mean": mean.cpu(),
+                "std": std.cpu(),
+                "log": log,
+                "history": history,
+                "images": data.val[:8].clone(),
+                "N": N,
+            },
             run,
         )
         with open(run / "log.jsonl", "a") as file:
@@ -721,7 +751,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
     add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", number(float, 0))
     add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", number(float, 0.01, 1))
-    add("--seed", 0, "of weights, order, crops and masks", int)
+    add("--seed", 0, "of weights, order, crops and masks", number(int, 0, 2**63 - 1))
     group = parser.add_argument_group("machine and output")
     add("--device", None, "cuda, mps or cpu; default the first that is there")
     add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=argparse.BooleanOptionalAction)
@@ -747,11 +777,22 @@ def main(argv: list[str] | None = None):
     typed = vars(parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
     given = {name: value for name, value in typed.items() if value is not parser}  # without the defaults
 
-    for mode in ("knn", "linear-probe", "finetune"):
-        if run := given.get(mode.replace("-", "_")):
-            return evaluate(mode, run, given)
-    if args.benchmark:
-        return benchmark(args)
+    try:
+        for mode in ("knn", "linear-probe", "finetune"):
+            if run := given.get(mode.replace("-", "_")):
+                return evaluate(mode, run, given)
+        if args.benchmark:
+            return benchmark(args)
+        start(args, given)
+    except OSError as error:  # no room, no right to write
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def start(args: argparse.Namespace, given: dict):
+    """A new run, or --resume."""
     resumed = None
     if args.resume:
         _, resumed = load_run(args.resume)
@@ -770,14 +811,10 @@ def main(argv: list[str] | None = None):
     try:
         train(args, resumed)
     except KeyboardInterrupt:
-        if not os.path.exists(f"{args.out}/checkpoint.pt"):
-            fail("interrupted before the first checkpoint")
-        print(
-            f"\ninterrupted; to go on from the last whole epoch: python train.py --resume {args.out}", file=sys.stderr
-        )
-        raise SystemExit(130) from None
-    except OSError as error:  # no room, no right to write
-        fail(str(error))
+        if os.path.exists(f"{args.out}/checkpoint.pt"):
+            go_on = f"python train.py --resume {args.out}"
+            print(f"\ninterrupted; to go on from the last whole epoch: {go_on}", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
