@@ -718,8 +718,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(option: str, default, text: str, type=None, **kwargs):
         if type is not None:
-            kwargs["type"] = type
-        shown = f" (default: {default})" if default not in (None, False) else ""
+            kwargs = {"type": type, "metavar": "X"} | kwargs
+        shown = "" if default is None or default is False else f" (default: {default})"
         group.add_argument(option, default=default, help=text + shown, **kwargs)
 
     # fmt: off
@@ -728,13 +728,13 @@ def build_parser() -> argparse.ArgumentParser:
         "with train/ and val/ or test/, or one sub-folder per class, or flat, without labels")
     add("--data-dir", "data", "where downloads go")
     add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
-    add("--image-size", None, "height and width, or both, pixels; default 32, or a folder's first image's up to 224",
+    add("--image-size", None, "height and width, or one for both; default 32, or a folder's first image's up to 224",
         number(int, 1), nargs="+", metavar="PIXELS")
     add("--holdout", False, "evaluate on a tenth of the training images, not on val/ or test/: for tuning",
         action="store_true")
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
-    add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
+    add("--patch-size", None, "side, pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
     add("--norm-pix", True, "predict patches standardised each by itself", action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
@@ -761,7 +761,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", False, "replace the run in that folder", action="store_true")
     group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     add("--resume", None, "go on with an interrupted run", metavar="RUN")
-    add("--benchmark", False, "time steps of this --model, --batch-size, --image-size ...", action="store_true")
+    add("--benchmark", False, "time training steps of this --model, --batch-size ...", action="store_true")
     add("--knn", None, "evaluate a run by 20 nearest neighbours", metavar="RUN")
     add("--linear-probe", None, "evaluate a run by a linear classifier on its frozen encoder", metavar="RUN")
     add("--finetune", None, "evaluate a run by training encoder and classifier; its own defaults are --epochs 50 "
