@@ -728,13 +728,13 @@ def build_parser() -> argparse.ArgumentParser:
         "with train/ and val/ or test/, or one sub-folder per class, or flat, without labels")
     add("--data-dir", "data", "where downloads go")
     add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
-    add("--image-size", None, "height and width, or one for both; default 32, or a folder's first image's up to 224",
+    add("--image-size", None, "height and width or one for both; default 32, or a folder's first image's up to 224",
         number(int, 1), nargs="+", metavar="PIXELS")
     add("--holdout", False, "evaluate on a tenth of the training images, not on val/ or test/: for tuning",
         action="store_true")
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
-    add("--patch-size", None, "side, pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
+    add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
     add("--norm-pix", True, "predict patches standardised each by itself", action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
