@@ -73,7 +73,7 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
     bar = fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60)
     bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    fig.savefig(file, dpi=110)
+    fig.savefig(file, dpi=110, bbox_inches="tight", pad_inches=0.05)
     plt.close(fig)
 
 
