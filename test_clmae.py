@@ -689,7 +689,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
 
 
 def test_the_three_evaluations_print_a_floor_and_keep_their_results(run, capsys):
-    for mode, extra in (("knn", []), ("linear-probe", []), ("finetune", ["--epochs", "1", "--batch-size", "32"])):
+    for mode, extra in (
+        ("knn", ["--image-size", "32"]),
+        ("linear-probe", []),
+        ("finetune", ["--epochs", "1", "--batch-size", "32"]),
+    ):
         train.main([f"--{mode}", str(run), "--device", "cpu", *extra])
         printed = capsys.readouterr().out
         result = json.loads((run / "evaluation.json").read_text())[mode]
@@ -786,7 +790,9 @@ def test_a_resumed_run_keeps_its_options(run, capsys):
 def test_a_run_is_not_resumed_or_evaluated_on_other_images(run, tmp_path, capsys):
     save_images(tmp_path / "other", 40, size=(32, 32))
     assert f"{tmp_path / 'other'} has changed" in run_fails(capsys, "--resume", run, "--data", tmp_path / "other")
-    assert f"--image-size [16]: {run} was trained on [32, 32]" in run_fails(capsys, "--knn", run, "--image-size", 16)
+    assert f"--image-size 16: {run} was trained on 32 x 32 pixels" in run_fails(
+        capsys, "--knn", run, "--image-size", 16
+    )
     assert "--knn needs class labels" in run_fails(capsys, "--knn", run, "--data", tmp_path / "other")
 
 

@@ -410,10 +410,11 @@ def evaluate(mode: str, path: str, given: dict):
     """--knn, --linear-probe or --finetune on a finished run, and on a random encoder as the floor beside it."""
     model, checkpoint = load_run(path)
     own = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3, "device": None}
-    size = list(model.config.image_size)
-    if given.get("image_size", size) != size:
-        fail(f"--image-size {given['image_size']}: {path} was trained on {size}")
-    args = argparse.Namespace(**{**checkpoint["args"], **own, **given, "image_size": size})
+    args = argparse.Namespace(**{**checkpoint["args"], **own, **given})
+    height, width = model.config.image_size
+    if "image_size" in given and image_size(args) != (height, width):
+        fail(f"--image-size {' '.join(map(str, args.image_size))}: {path} was trained on {height} x {width} pixels")
+    args.image_size = [height, width]
     device, data = pick_device(args.device), load_data(args)
     if not data.classes:
         fail(f"--{mode} needs class labels; the images of {args.data} have none")
