@@ -804,6 +804,8 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
     assert f"{file} is damaged" in run_fails(capsys, "--resume", tmp_path)
     torch.save({"weights": torch.zeros(3)}, file)
     assert f"{file} is damaged or not a checkpoint" in run_fails(capsys, "--knn", tmp_path)
+    torch.save({name: weights(run)[name] for name in ("config", "model", "args")}, file)
+    assert "it has no N, epoch, history" in run_fails(capsys, "--resume", tmp_path)
     with pytest.raises(SystemExit):
         visualize.draw(tmp_path)
 

@@ -480,6 +480,9 @@ def load_run(path: str | Path) -> tuple[CLMAE, dict]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         model = CLMAE(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
+        parts = {"args", "epoch", "optimizer", "rng", "rng_device", "mean", "std", "log", "history", "images", "N"}
+        if missing := parts - checkpoint.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # a damaged file fails in many ways
         reason = (str(error).splitlines() or ["empty"])[0]
         fail(f"{file} is damaged or not a checkpoint of this program ({type(error).__name__}: {reason})")
