@@ -593,8 +593,9 @@ def test_class_folders_with_and_without_a_held_out_split(tmp_path):
     assert data.train_labels.bincount().tolist() == data.val_labels.bincount().tolist() == [10, 10]
     assert data.val_labels[:8].unique().tolist() == [0, 1]  # shuffled: the figures show the first eight
     assert data.train.shape[2:] == (16, 16)  # as the files are
-    data = train.load_data(parse(["--data", str(tmp_path), "--holdout"]))
-    assert len(data.train) == 18 and len(data.val) == 2
+    data = train.load_data(parse(["--data", str(tmp_path), "--images", "12", "--holdout", "3"]))
+    assert len(data.train) == 12 and len(data.val) == 3  # the images trained on are the same with and without
+    assert data.train.equal(train.load_data(parse(["--data", str(tmp_path), "--images", "12"])).train)
     data = train.load_data(parse(["--data", str(tmp_path / "train"), "--images", "10"]))
     assert len(data.train) == 9 and len(data.val) == 1
 

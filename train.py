@@ -186,10 +186,11 @@ def read_images(files: list[Path], size: tuple[int, int], what: str) -> Tensor:
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """Read what --data names. Images without a held-out split give up every tenth of a fixed shuffle for one."""
-    size, val = image_size(args), None
+    """Read what --data names. Images without a held-out split give up the last tenth of a fixed shuffle."""
+    size, val, held = image_size(args), None, args.holdout
+    wanted = args.images and args.images + held
     if args.data == "shapes":
-        size, n = size or (32, 32), args.images or 10_000
+        size, n = size or (32, 32), (args.images or 10_000) + held
         check_memory(n + 2_000, size)
         train, val = shapes(n, size, seed=1), shapes(2_000, size, seed=2)
         classes = SHAPES
@@ -205,7 +206,7 @@ def load_data(args: argparse.Namespace) -> Data:
                 f"test/, one sub-folder per class, use --data PATH"
             )
         train, val = ((torch.from_numpy(p.data).movedim(3, 1).contiguous(), torch.tensor(p.targets)) for p in parts)
-        order = shuffled(len(train[0]))[: args.images]
+        order = shuffled(len(train[0]))[:wanted]
         train, classes = (train[0][order], train[1][order]), parts[0].classes
     else:
         root = Path(args.data)
@@ -215,20 +216,21 @@ def load_data(args: argparse.Namespace) -> Data:
         val_dir = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         files, labels, classes = list_folder(train_dir)
         size = size or default_size(files[0], args.patch_size)
-        order = shuffled(len(files))[: args.images]
+        order = shuffled(len(files))[:wanted]
         files, labels = [files[i] for i in order.tolist()], labels[order]
         train = read_images(files, size, "train"), labels
-        if train_dir != root and val_dir and not args.holdout:
+        if train_dir != root and val_dir and not held:
             files, labels, val_classes = list_folder(val_dir)
             if val_classes != classes:
                 fail(f"{val_dir} and {train_dir} have different classes: {sorted({*classes} ^ {*val_classes})[:5]}")
             order = shuffled(len(files))  # the first images stand for all of them in figures and hardness
             val = read_images([files[i] for i in order.tolist()], size, "val"), labels[order]
-    if val is None or args.holdout:
-        held = torch.arange(len(train[0])) % 10 == 9
-        if not held.any():
-            fail(f"{len(train[0])} images in {args.data} are too few: at least 10, a tenth is held out")
-        train, val = (train[0][~held], train[1][~held]), (train[0][held], train[1][held])
+    if val is None or held:
+        n = len(train[0])
+        held = held or n // 10
+        if not 1 <= held < n:
+            fail(f"{n} images in {args.data} are too few: {held or 'a tenth, at least 1,'} of them to be held out")
+        train, val = [x[:-held] for x in train], [x[-held:] for x in train]
     return Data(*train, *val, classes)
 
 
@@ -734,8 +736,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
     add("--image-size", None, "height and width or one for both; default 32, or a folder's first image's up to 224",
         number(int, 1), nargs="+", metavar="PIXELS")
-    add("--holdout", False, "evaluate on a tenth of the training images, not on val/ or test/: for tuning",
-        action="store_true")
+    add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning",
+        number(int, 0), metavar="N")
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
     add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))

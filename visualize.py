@@ -104,11 +104,8 @@ def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int =
     shown = patchify(raw.float(), c.patch_size)  # (N, L, p*p*3)
 
     def panels(output: Output) -> list[Tensor]:
-        pred, mask = output.pred, output.mask[..., None]
-        if c.norm_pix:  # the prediction has no brightness and contrast of its own: take the true patch's
-            true = patchify(images, c.patch_size)
-            pred = pred * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-        pred = unpatchify(pred, c.patch_size, c.grid) * checkpoint["std"] + checkpoint["mean"]
+        mask = output.mask[..., None]
+        pred = model.reconstruct(output.pred, images) * checkpoint["std"] + checkpoint["mean"]
         pasted = shown * (1 - mask) + patchify(pred, c.patch_size) * mask
         return [unpatchify(x, c.patch_size, c.grid) for x in (shown * (1 - mask) + 160 * mask, pasted)]
 
