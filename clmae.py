@@ -455,14 +455,14 @@ def tour():
     def show(name: str, tensor: Tensor, what: str):
         print(f"{name:<10}{tuple(tensor.shape)!s:<18}{what}")
 
-    def draw() -> torch.Generator:  # the same noise each time, so that the steps below see the same masks
+    def draw() -> torch.Generator:  # the same noise each time, so that all that follows sees the same masks
         return torch.Generator().manual_seed(1)
 
     torch.manual_seed(0)
     c = Config(image_size=(16, 16), dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
     model = CLMAE(c)
     images = torch.randn(2, 3, 16, 16)
-    print(f"B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
+    print(f"1. One forward pass. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
 
     show("images", images, "standardised pixels")
     show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
@@ -479,22 +479,30 @@ def tour():
     pred = model.decoder(z, ids)
     show("pred", pred, "every patch, predicted")
 
-    print("\nFirst image, the scores of its 4 x 4 patches and what the noise made of them:")
-    for row in range(4):
-        cells = [f"{scores[0, i]:+.2f} {'seen' if hard[0, i] else '.   '}" for i in range(4 * row, 4 * row + 4)]
-        print("   " + "   ".join(cells))
-
-    print("\nOne loss, two gradients: the same step at three lambdas")
-    print("   lambda    loss     norm of the gradient: encoder     masker   masker, its first weights")
+    print("\n2. The same step at three lambdas: one loss, two gradients\n")
+    print("lambda     loss   |gradient| of encoder   of masker   the masker's first three")
+    on_scores = {}
     for lam in (1.0, 0.0, -1.0):
         model.zero_grad()
-        loss = model(images, lam, generator=draw()).loss
-        loss.backward()
-        norms = [
+        output = model(images, lam, generator=draw())
+        output.scores.retain_grad()
+        output.loss.backward()
+        on_scores[lam] = output.scores.grad[0]  # (L,)
+        encoder, masker = (
             torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
-        ]
+        )
         first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad[0, :3].tolist())
-        print(f"   {lam:+.0f}      {loss:.5f}   {norms[0]:29.5f}   {norms[1]:8.5f}   {first}")
+        print(f"{lam:+.0f}      {output.loss:.5f}{encoder:24.5f}{masker:12.5f}   {first}")
+
+    print("\n3. What that tells the masker about each patch of the first image\n")
+    print("patch  score s   soft           patch loss   ds, lambda = +1   ds, lambda = -1")
+    for i in range(c.patches):
+        state = "visible      -   " if hard[0, i] else f"masked  {output.patch_loss[0, i]:9.3f}"
+        steps = "".join(f"{-1000 * on_scores[lam][i]:+18.2f}" for lam in (1.0, -1.0))
+        print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{steps}")
+    mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
+    print(f"\nds = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f}, is")
+    print("shown more often by the partner (+1) and hidden more often by the adversary (-1).")
 
 
 if __name__ == "__main__":

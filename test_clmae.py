@@ -348,6 +348,12 @@ def test_unpatchify_undoes_patchify(channels, height, width, p):
     assert torch.equal(unpatchify(patchify(images, p), p, (height // p, width // p)), images)
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruct_undoes_the_target(images, norm_pix):
+    model = CLMAE(small(norm_pix=norm_pix))
+    torch.testing.assert_close(model.reconstruct(model.target(images), images), images)
+
+
 def test_patches_run_row_by_row_and_pixels_as_row_column_channel():
     images = torch.arange(2 * 4 * 6.0).reshape(1, 2, 4, 6)
     assert torch.equal(patchify(images, 2)[0, 4], images[0, :, 2:4, 2:4].permute(1, 2, 0).flatten())
