@@ -295,8 +295,8 @@ def gumbel_top_k(
     """
     if not 1 <= k < scores.shape[1]:
         raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
-    exponential = torch.empty_like(scores).exponential_(generator=generator)
-    noise = -exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()  # Gumbel(0, 1) = -log Exp(1)
+    u = torch.empty_like(scores).uniform_(generator=generator).clamp_min(torch.finfo(scores.dtype).tiny)  # (B, L)
+    noise = -(-u.log()).log()  # (B, L), Gumbel(0, 1)
     y = scores + noise  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
     theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out

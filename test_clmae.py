@@ -871,6 +871,8 @@ def test_the_readmes_commands_run_on_a_tiny_budget(tmp_path, monkeypatch):
         evaluation = {"--knn", "--linear-probe", "--finetune"} & set(words)
         if script == "train.py" and "--resume" not in words and not evaluation:
             words += options("--overwrite", "--images", 40)
+        if "--benchmark" in words:
+            words += ["--batch-size", "4"]
         if "--finetune" in words:
             words += ["--epochs", "1", "--batch-size", "16"]
         {"train.py": lambda w: train.main(w), "visualize.py": lambda w: visualize.main(w),

@@ -648,8 +648,9 @@ def train(args: argparse.Namespace, resumed: dict | None):
 
 
 def benchmark(args: argparse.Namespace, repeats: int = 20):
-    """--benchmark: time a step of plain MAE and of CL-MAE, in turns, and the making of a batch."""
+    """--benchmark: time a step of plain MAE and of CL-MAE in turns, the latter on one batch and on new ones."""
     device, B = pick_device(args.device), args.batch_size
+    steps_each = 1 if device.type == "cpu" else 10  # a GPU is timed over ten: to wait after each would stall it
     size = image_size(args) or (32, 32)
     torch.set_float32_matmul_precision("high")
     images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
@@ -662,7 +663,7 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
             group["lr"] = 1e-4
         compiled = torch.compile(model) if args.compile else model
 
-        def step(model: nn.Module = compiled):
+        def step(batch: Tensor, model: nn.Module = compiled):
             with autocast(args, device):
                 loss = model(batch, lam, kappa).loss
             loss.backward()
@@ -670,26 +671,32 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
             optimizer.zero_grad()
 
         with FlopCounterMode(display=False) as counter:
-            step(model)
+            step(batch, model)
         return step, counter.get_total_flops()
 
-    steps = {"random masks": make_step("random"), "curriculum": make_step("curriculum")}
-    steps["making a batch"] = (lambda: augment(images[torch.randperm(B, device=device)], mean, std, args.min_crop)), 0
-    seconds = {name: [] for name in steps}
+    def new_batch() -> Tensor:
+        return augment(images[torch.randperm(B).to(device)], mean, std, args.min_crop)
+
+    random, curriculum = make_step("random"), make_step("curriculum")
+    rows = {  # name: (a step, its floating-point operations)
+        "random masks": (lambda: random[0](batch), random[1]),
+        "curriculum": (lambda: curriculum[0](batch), curriculum[1]),
+        "... new batches": (lambda: curriculum[0](new_batch()), curriculum[1]),
+    }
+    seconds = {name: [] for name in rows}
     for repeat in range(repeats + 3):  # three to warm up
-        for name, (step, _) in steps.items():
+        for name, (step, _) in rows.items():
             synchronize(device)
             start = time.perf_counter()
-            step()
+            for _ in range(steps_each):
+                step()
             synchronize(device)
             if repeat >= 3:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / steps_each)
     base = torch.tensor(seconds["random masks"])
-    print(
-        f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}, {repeats} steps"
-    )
+    print(f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}, {repeats} times")
     print("                 ms (median)  against random (quartiles)  images/s   TFLOP/s")
-    for name, (_, flops) in steps.items():
+    for name, (_, flops) in rows.items():
         t = torch.tensor(seconds[name])
         low, middle, high = (t / base).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         ms, rate = 1000 * t.median().item(), flops / t.median().item() / 1e12

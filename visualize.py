@@ -20,7 +20,7 @@ from clmae import CLMAE, Output, gumbel_top_k, patchify, unpatchify
 from train import load_run, standardise
 
 SAMPLES = 1000  # masks drawn to estimate a probability
-COLOURS = {"partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}  # Okabe and Ito's colour-blind safe set
+COLOURS = {"untrained": "black", "partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}  # Okabe and Ito's
 
 
 def mask_probability(scores: Tensor, visible: int) -> Tensor:
@@ -53,6 +53,7 @@ def masks_by_epoch(checkpoint: dict, model: CLMAE, most: int) -> list[tuple[int,
     for epoch in torch.linspace(0, len(log) - 1, min(most, len(log))).round().int().tolist():
         lam = log[epoch]["lambda"]
         role = "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
+        role = role if epoch else "untrained"
         result.append((epoch, lam, role, mask_probability(history[epoch], c.visible).reshape(-1, *c.grid)))
     return result
 
@@ -61,18 +62,18 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
     """masks.png: held-out images down, epochs across."""
     images, ratio = checkpoint["images"][:rows], 1 - model.config.visible / model.config.patches
     masks = masks_by_epoch(checkpoint, model, columns)
-    size = (1 + len(masks), len(images) + 1.1)
+    size = (1 + len(masks), len(images) + 1.2)
     fig, axes = plt.subplots(len(images), 1 + len(masks), figsize=size, squeeze=False, layout="constrained")
-    axes[0, 0].set_title("image\n", fontsize=8)
+    axes[0, 0].set_title("image\n", fontsize=10)
     for ax, image in zip(axes[:, 0], images, strict=True):
         show(ax, image)
     for column, (epoch, lam, role, probability) in zip(axes.T[1:], masks, strict=True):
-        column[0].set_title(f"epoch {epoch}\n$\\lambda$ = {lam:+.2f}\n{role}", fontsize=8, color=COLOURS[role])
+        column[0].set_title(f"epoch {epoch}\n$\\lambda$ = {lam:+.2f}\n{role}", fontsize=10, color=COLOURS[role])
         for ax, image, p in zip(column, images, probability, strict=False):
             drawn = show(ax, image, p, ratio)
     bar = fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60)
-    bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=10)
+    bar.ax.tick_params(labelsize=9)
     fig.savefig(file, dpi=110, bbox_inches="tight", pad_inches=0.05)
     plt.close(fig)
 
@@ -134,7 +135,8 @@ def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int =
 def draw_curves(checkpoint: dict, file: Path):
     """curves.png: lambda, hardness, loss and kNN by epoch."""
     log = checkpoint["log"]
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained")
+    axes = axes.flat
 
     def line(ax: Axes, key: str, label: str | None = None, **style):
         points = [(r["epoch"], r[key]) for r in log if r[key] is not None]
@@ -150,7 +152,7 @@ def draw_curves(checkpoint: dict, file: Path):
     line(axes[2], "loss_random", "held out, random masks", color=COLOURS["partner"], ls="--")
     line(axes[2], "loss_trivial", "predicting the patch mean", color="grey", ls=":")
     axes[2].set(title="reconstruction loss", ylabel="mean squared error", ylim=(0, 1.3 * log[0]["loss_trivial"]))
-    axes[2].legend(fontsize=7)
+    axes[2].legend(fontsize=9)
     line(axes[3], "knn", color=COLOURS["partner"], marker="o", ms=3)
     axes[3].set(title="kNN accuracy of the features", ylabel="% of held-out images")
     for ax in axes:
