@@ -761,7 +761,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     add("--epochs", 15, "passes over the training images", number(int, 1))
     add("--batch-size", 64, "images a step", number(int, 1))
-    add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
+    add("--lr", 8e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
     add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
     add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", number(float, 0))
     add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", number(float, 0.01, 1))
