@@ -505,6 +505,8 @@ def test_augment_crops_inside_the_image_and_flips_half_of_them():
     whole = train.augment(ramp.to(torch.uint8).expand(n, -1, -1, -1), zero, one, min_crop=1.0)
     flipped = whole[:, 0, 0, 0] > whole[:, 0, 0, -1]
     assert 0.45 < flipped.float().mean() < 0.55
+    upright = torch.where(flipped[:, None, None, None], whole.flip(3), whole)
+    torch.testing.assert_close(upright, ramp.float().expand(n, -1, -1, -1), atol=1e-2, rtol=0)  # 1: no crop
     crops = train.augment(ramp.to(torch.uint8).expand(n, -1, -1, -1), zero, one, min_crop=0.2)
     assert crops.min() >= 0 and crops.max() <= ramp.max()  # nothing from beyond the border
     width = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]).abs() / 10 / (W - 1)

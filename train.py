@@ -268,12 +268,14 @@ def default_size(path: Path, patch_size: int | None) -> tuple[int, int]:
 def augment(images: Tensor, mean: Tensor, std: Tensor, min_crop: float) -> Tensor:
     """Random-resized crop and flip of a whole batch at once: uint8 (B, 3, H, W) to standardised float (B, 3, H, W).
 
-    The crop covers min_crop to 1 of the area with a side ratio of 3/4 to 4/3, as in MAE's recipe.
+    The crop covers min_crop to 1 of the area, its side ratio is 3/4 to 4/3 as far as that fits, as in MAE's recipe.
     """
     B, _, H, W = images.shape
     u = torch.rand(5, B, device=images.device)
-    area, ratio = min_crop + (1 - min_crop) * u[0], torch.exp(math.log(4 / 3) * (2 * u[1] - 1))
-    h, w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)  # (B,), sides as fractions
+    area = min_crop + (1 - min_crop) * u[0]  # (B,), as a fraction
+    widest = (-area.log()).clamp(max=math.log(4 / 3))  # log of the side ratio: a large crop must be nearly square to fit
+    ratio = torch.exp(widest * (2 * u[1] - 1))
+    h, w = (area / ratio).sqrt(), (area * ratio).sqrt()  # (B,), sides as fractions
     flip = (u[4] < 0.5).float() * 2 - 1
     theta = torch.zeros(B, 2, 3, device=images.device)  # output to input coordinates, both in [-1, 1]
     theta[:, 0, 0], theta[:, 0, 2] = w * flip, (1 - w) * (2 * u[2] - 1)
@@ -761,7 +763,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     add("--epochs", 15, "passes over the training images", number(int, 1))
     add("--batch-size", 64, "images a step", number(int, 1))
-    add("--lr", 8e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
+    add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
     add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
     add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", number(float, 0))
     add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", number(float, 0.01, 1))
@@ -818,6 +820,8 @@ def start(args: argparse.Namespace, given: dict):
     else:
         name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
         args.out = args.out or f"runs/{name}" + ("-random" if args.masking == "random" else "")
+        if args.masking == "random":
+            args.lambda_start = args.lambda_end = 0.0  # there is no masker: neutral in the log and the figures
         if os.path.exists(args.out) and not args.overwrite:
             fail(
                 f"{args.out} exists: --resume {args.out} goes on with it, --overwrite replaces it, --out names another"
