@@ -109,7 +109,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std (B, L, 1) each of the values of every patch (B, L, n); the std is above 0."""
     mean = patches.mean(-1, keepdim=True)
-    variance = (patches - mean).square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)  # 5 x faster here than var()
+    variance = (patches - mean).square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)  # var() is 5 x slower on a CPU
     return mean, (variance + 1e-6).sqrt()
 
 
@@ -144,8 +144,8 @@ class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D), in which a token can be faded out as a key.
 
     `log_keep` (B, N) is added to the logits: softmax(q k / sqrt(d) + log keep) are the weights softmax(q k / sqrt(d))
-    multiplied by keep of the key's token and renormalised. It is written out, not called as a fused kernel, because the
-    gate's gradient is the point here; on a CPU, at these lengths, it is as fast.
+    multiplied by keep of the key's token and renormalised. It is written out so that the gate is in sight; the fused
+    scaled_dot_product_attention takes it as attn_mask, and on a CPU, at these lengths, is no faster.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -284,13 +284,13 @@ class Masker(nn.Module):
 def gumbel_top_k(
     scores: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample k of L tokens without replacement, token i being the next with probability ~ exp(scores_i) of those left.
+    """Sample k of L tokens without replacement, each time one of those left, i with probability proportional to e^s_i.
 
     Adding Gumbel(0, 1) noise and taking the k largest is an exact sample of that Plackett-Luce distribution
     (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
 
-    scores: (B, L). tau: temperature of the relaxation, in units of the scores.
-    Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in (0, 1), its
+    scores: s, (B, L). tau: temperature of the relaxation, in units of the scores.
+    Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in [0, 1], its
     differentiable stand-in: how far y = scores + noise lies above the threshold between in and out.
     """
     if not 1 <= k < scores.shape[1]:
@@ -299,7 +299,8 @@ def gumbel_top_k(
     noise = -(-u.log()).log()  # (B, L), Gumbel(0, 1)
     y = scores + noise  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
-    theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
+    theta = top[:, k - 1 :].mean(1, keepdim=True)  # (B, 1), midway between the last in and the first out
+    theta = theta.detach()  # the gradient of a token is its own, not that of the two at the border
     ids = ids[:, :k]
     hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
@@ -332,8 +333,8 @@ class Output(NamedTuple):
     loss: Tensor  # (), the one to call backward() on; its value does not depend on lambda; includes the diversity loss
     pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
     mask: Tensor  # (B, L), 1 = masked, 0 = visible
-    scores: Tensor  # (B, L), the masker's; zeros if the masks are random
-    patch_loss: Tensor  # (B, L), mean squared error of every patch; only the masked ones are trained
+    scores: Tensor  # (B, L), the masker's times kappa, or those passed in; zeros if there are neither
+    patch_loss: Tensor  # (B, L), mean squared error of every patch; only the masked ones are trained on
 
 
 class CLMAE(nn.Module):
@@ -357,7 +358,7 @@ class CLMAE(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """What the decoder is to predict for every patch of images (B, C, H, W): (B, L, p*p*C)."""
         patches = patchify(images, self.config.patch_size).float()
-        if self.config.norm_pix:  # MAE, Sec. 4.1: local contrast makes a better target than colour
+        if self.config.norm_pix:  # MAE, Sec. 4.1: enhances the contrast within patches
             mean, std = patch_statistics(patches)
             patches = (patches - mean) / std
         return patches
@@ -384,9 +385,9 @@ class CLMAE(nn.Module):
     ) -> Output:
         """One step on standardised images (B, C, H, W).
 
-        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. Pass both as
-        0-d tensors if the model is compiled: it would be compiled anew for every float.
-        scores: (B, L), sample from these instead of the masker's; zeros give random masks.
+        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. train.py
+        passes config.kappa * |lam|. Both as 0-d tensors if the model is compiled: it compiles anew for every float.
+        scores: (B, L), sample from these instead of the masker's, for looking only: no gradient reaches them.
         mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
         """
         c = self.config
@@ -410,10 +411,11 @@ class CLMAE(nn.Module):
             K, *others = (keep == 1).sum(1).unique().tolist()
             if others or not 1 <= K < c.patches or not ((keep == 0) | (keep == 1)).all():
                 raise ValueError(
-                    f"mask must be 0 or 1 and leave equally many patches of each image visible, not {[K, *others]}"
+                    f"mask must be 0 or 1 and leave the same number of patches of each image visible, 1 to "
+                    f"{c.patches - 1}; visible here: {[K, *others]}"
                 )
             ids = keep.topk(K, dim=1).indices  # (B, K)
-        hidden = 1 - keep  # (B, L), constant: 1 = masked
+        hidden = 1 - keep  # (B, L), 1 = masked; without the gradient that step 3 gives to keep
 
         # 3. The curriculum in one line. lam times the straight-through gradient reaches the masker, while the value of
         #    keep, and so the loss and the MAE's gradient, are the same for every lam: one pass trains both networks.
@@ -432,7 +434,8 @@ class CLMAE(nn.Module):
         loss = per_image.mean()
 
         # 6. The gates tell the masker what a visible patch was worth. A masked patch never entered the pass: what it
-        #    cost is its own loss, against its image's mean. The value of this term is zero.
+        #    cost is its own loss, against its image's mean because K is fixed and showing one patch hides another.
+        #    The value of this term is zero.
         if learned:
             m = 1 - keep  # (B, L), mask with the masker's gradient
             cost = ((patch_loss - per_image[:, None]) * hidden).detach()  # (B, L)
@@ -491,7 +494,7 @@ def tour():
         encoder, masker = (
             torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
         )
-        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad[0, :3].tolist())
+        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad.flatten()[:3].tolist())
         print(f"{lam:+.0f}      {output.loss:.5f}{encoder:24.5f}{masker:12.5f}   {first}")
 
     print("\n3. What that tells the masker about each patch of the first image\n")
@@ -501,8 +504,8 @@ def tour():
         steps = "".join(f"{-1000 * on_scores[lam][i]:+18.2f}" for lam in (1.0, -1.0))
         print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{steps}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print(f"\nds = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f}, is")
-    print("shown more often by the partner (+1) and hidden more often by the adversary (-1).")
+    print(f"\nds = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f},")
+    print("is shown more often by the partner (+1) and hidden more often by the adversary (-1).")
 
 
 if __name__ == "__main__":

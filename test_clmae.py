@@ -80,6 +80,7 @@ def test_exactly_k_tokens_are_visible_whatever_the_scores(scores):
         assert (hard.sum(1) == k).all() and ((hard == 0) | (hard == 1)).all()
         assert torch.equal(hard, torch.zeros_like(hard).scatter(1, ids, 1.0))
         assert ((soft >= 0.5) >= (hard == 1)).all() and soft.isfinite().all()  # soft agrees with hard on the side
+        assert ((soft <= 0.5) >= (hard == 0)).all()
 
 
 def test_gumbel_top_k_with_the_same_generator_repeats_itself():
@@ -116,6 +117,18 @@ def test_lambda_scales_the_maskers_gradient_and_touches_nothing_else(model, imag
         assert loss_lam == loss
         assert torch.equal(mae_lam, mae)
         torch.testing.assert_close(masker_lam, lam * masker, rtol=1e-4, atol=1e-7)
+
+
+def test_a_masked_patch_is_charged_its_own_loss_against_its_images_mean(images):
+    model, lam, tau = CLMAE(small(tau=0.5)), 0.3, 0.5
+    output = model(images, lam, generator=generator())
+    output.scores.retain_grad()
+    output.loss.backward()
+    _, _, soft = gumbel_top_k(output.scores.detach(), 4, tau, generator())
+    mean = (output.patch_loss * output.mask).sum(1, keepdim=True) / 12
+    expected = -lam * (output.patch_loss - mean).detach() / 12 / len(images) * soft * (1 - soft) / tau
+    masked = output.mask == 1
+    torch.testing.assert_close(output.scores.grad[masked], expected[masked], atol=1e-7, rtol=1e-4)
 
 
 def test_the_masker_does_not_teach_the_patch_embedding(model, images):
@@ -288,7 +301,7 @@ def test_a_mask_and_scores_can_be_passed_in(model, images):
         torch.full((6, 16), 0.5),
         (torch.arange(96) % 5 > 0).reshape(6, 16),
     ):
-        with pytest.raises(ValueError, match="mask must be 0 or 1 and leave equally many"):
+        with pytest.raises(ValueError, match="mask must be 0 or 1 and leave the same number"):
             model(images, mask=wrong)
     for name in ("scores", "mask"):
         with pytest.raises(ValueError, match=rf"{name} \(1, 16\) must be \(B, L\) = \(6, 16\)"):
@@ -558,7 +571,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     assert [train.lr_factor(e, 10, 2) for e in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
-def test_a_folder_of_any_images_becomes_one_tensor(tmp_path, capsys):
+def test_a_folder_of_any_images_becomes_one_tensor(tmp_path):
     for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "LA"):
         save_images(tmp_path / "mixed", 2, mode, (40, 24))
     save_images(tmp_path / "mixed", 20, "RGB", (19, 33))
@@ -832,6 +845,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     train.save({"epoch": 1}, tmp_path)
 
     def full(path, data):
+        path.touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)

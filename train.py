@@ -5,8 +5,8 @@
     python train.py --resume runs/cifar10            # go on after an interruption
     python train.py --linear-probe runs/cifar10      # or --knn, --finetune
 
-A run is one folder: checkpoint.pt (everything, replaced after each epoch), log.jsonl (one record an epoch) and, at the
-end, the figures of visualize.py.
+A run is one folder: checkpoint.pt (everything, replaced after each epoch), log.jsonl (one record an epoch), at the end
+the figures of visualize.py, and evaluation.json if it was evaluated.
 """
 
 import argparse
@@ -34,15 +34,9 @@ from clmae import CLMAE, Config, curriculum_factor, mask_diversity
 
 # The masker reads all L tokens, the encoder only K of them: it has to be small to cost little.
 MODELS = {
-    "nano": dict(
-        dim=96, depth=4, heads=3, decoder_dim=48, decoder_depth=1, decoder_heads=2, masker_dim=32, masker_heads=2
-    ),
-    "tiny": dict(
-        dim=192, depth=12, heads=3, decoder_dim=64, decoder_depth=2, decoder_heads=2, masker_dim=48, masker_heads=2
-    ),
-    "small": dict(
-        dim=384, depth=12, heads=6, decoder_dim=128, decoder_depth=2, decoder_heads=4, masker_dim=64, masker_heads=2
-    ),
+    "nano": dict(dim=96, depth=4, heads=3, decoder_dim=48, decoder_depth=1, masker_dim=32),
+    "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=64, decoder_depth=2, masker_dim=48),
+    "small": dict(dim=384, depth=12, heads=6, decoder_dim=128, decoder_depth=2, decoder_heads=4, masker_dim=64),
 }
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "star", "cross", "bar", "crescent", "pair"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
@@ -104,11 +98,7 @@ def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
             ]
         )[label, torch.arange(b)]  # (b, H, W)
         inside = torch.sigmoid(-0.7 * W * radius * distance)[:, None]  # (b, 1, H, W), an edge one pixel soft
-        angle, frequency, phase = (
-            uniform(0, math.pi, b, 1, 1),
-            uniform(7, 10, b, 1, 1),
-            uniform(0, 2 * math.pi, b, 1, 1),
-        )
+        angle, frequency, phase = (uniform(*span, b, 1, 1) for span in ((0, math.pi), (7, 10), (0, 2 * math.pi)))
         stripes = torch.sin((x * angle.cos() + y * angle.sin()) * frequency + phase)[:, None]  # (b, 1, H, W)
         ground, colour = uniform(0, 1, b, 3, 1, 1), uniform(0, 1, b, 3, 1, 1)
         alike = (colour - ground).norm(dim=1, keepdim=True) < 0.6
@@ -121,7 +111,7 @@ def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
 
 def check_memory(n: int, size: tuple[int, int]):
     """Refuse n images of (H, W) pixels that cannot fit, before any is read."""
-    need = 2 * n * 3 * size[0] * size[1]  # once as they come, once as they are split
+    need = 2 * n * 3 * size[0] * size[1]  # twice: shapes() joins its parts; for a folder half is left to the rest
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows does not tell
@@ -145,13 +135,11 @@ def list_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     classes = {name: files for name, files in classes.items() if files}
     if flat and classes:
         fail(f"{folder} has {len(flat)} images beside folders of images ({', '.join(classes)}); it must be either")
-    classes = classes or {"": flat}
-    files = [file for c in classes.values() for file in c]
+    files = flat or [file for c in classes.values() for file in c]
     if not files:
         fail(f"no images in {folder}: expected {' '.join(sorted(IMAGE_SUFFIXES))}, flat or one sub-folder per class")
-    if "" in classes:
-        return files, torch.full((len(files),), -1), []
-    return files, torch.tensor([i for i, c in enumerate(classes.values()) for _ in c]), list(classes)
+    labels = [-1] * len(flat) or [i for i, c in enumerate(classes.values()) for _ in c]
+    return files, torch.tensor(labels), list(classes)
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
@@ -273,7 +261,7 @@ def augment(images: Tensor, mean: Tensor, std: Tensor, min_crop: float) -> Tenso
     B, _, H, W = images.shape
     u = torch.rand(5, B, device=images.device)
     area = min_crop + (1 - min_crop) * u[0]  # (B,), as a fraction
-    widest = (-area.log()).clamp(max=math.log(4 / 3))  # log of the side ratio: a large crop must be nearly square to fit
+    widest = (-area.log()).clamp(max=math.log(4 / 3))  # log of the side ratio; a large crop has to be nearly square
     ratio = torch.exp(widest * (2 * u[1] - 1))
     h, w = (area / ratio).sqrt(), (area * ratio).sqrt()  # (B,), sides as fractions
     flip = (u[4] < 0.5).float() * 2 - 1
@@ -311,7 +299,7 @@ def features(model: CLMAE, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The floor of all features: the pixels (N, 3 * 32 * 32) of uint8 images (N, 3, H, W), shrunk if larger."""
+    """What features must beat: the pixels (N, 3 * 32 * 32) of uint8 images (N, 3, H, W), shrunk if larger."""
     size = min(32, *images.shape[2:])
     return torch.cat([F.adaptive_avg_pool2d(x.cpu().float(), size).flatten(1) for x in images.split(500)])
 
@@ -577,8 +565,8 @@ def train(args: argparse.Namespace, resumed: dict | None):
     )
     if not resumed and data.classes:
         raw = pixels(data.train[:20_000]), pixels(data.val[:20_000])
-        floor = knn_accuracy(raw[0], data.train_labels[:20_000], raw[1], data.val_labels[:20_000])
-        print(f"kNN accuracy of raw pixels: {floor:.1f} %", flush=True)
+        raw_knn = knn_accuracy(raw[0], data.train_labels[:20_000], raw[1], data.val_labels[:20_000])
+        print(f"kNN accuracy of raw pixels: {raw_knn:.1f} %", flush=True)
     trivial = model.target(fixed).var(-1, unbiased=False).mean().item()  # loss of predicting each patch's own mean
     lam = torch.tensor(args.lambda_start, device=device)
     kappa = args.kappa * lam.abs()
@@ -630,16 +618,10 @@ def train(args: argparse.Namespace, resumed: dict | None):
         print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if value is not None), flush=True)
         rng_device = {} if device.type == "cpu" else {device.type: getattr(torch, device.type).get_rng_state()}
         save(
-            {"args": vars(args), "config": asdict(config), "epoch": epoch, "model": model.state_dict()}
-            | {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "rng_device": rng_device}
-            | {
-                "mean": mean.cpu(),
-                "std": std.cpu(),
-                "log": log,
-                "history": history,
-                "images": data.val[:8].clone(),
-                "N": N,
-            },
+            {"args": vars(args), "config": asdict(config), "N": N, "epoch": epoch, "log": log, "history": history}
+            | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            | {"rng": torch.get_rng_state(), "rng_device": rng_device}
+            | {"mean": mean.cpu(), "std": std.cpu(), "images": data.val[:8].clone()},
             run,
         )
         with open(run / "log.jsonl", "a") as file:
@@ -697,7 +679,7 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
             if repeat >= 3:
                 seconds[name].append((time.perf_counter() - start) / steps_each)
     base = torch.tensor(seconds["random masks"])
-    print(f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}, {repeats} times")
+    print(f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}, {repeats} x")
     print("                 ms (median)  against random (quartiles)  images/s   TFLOP/s")
     for name, (_, flops) in rows.items():
         t = torch.tensor(seconds[name])
@@ -733,6 +715,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = fail  # one line and status 2, without the usage
 
     def add(option: str, default, text: str, type=None, **kwargs):
+        """An option of the `group` last named below."""
         if type is not None:
             kwargs = {"type": type, "metavar": "X"} | kwargs
         shown = "" if default is None or default is False else f" (default: {default})"
@@ -744,8 +727,8 @@ def build_parser() -> argparse.ArgumentParser:
         "with train/ and val/ or test/, or one sub-folder per class, or flat, without labels")
     add("--data-dir", "data", "where downloads go")
     add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
-    add("--image-size", None, "height and width or one for both; default 32, or a folder's first image's up to 224",
-        number(int, 1), nargs="+", metavar="PIXELS")
+    add("--image-size", None, "height and width or one for both; default 32, or of a folder the first image's smaller "
+        "side, up to 224", number(int, 1), nargs="+", metavar="PIXELS")
     add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning",
         number(int, 0), metavar="N")
     group = parser.add_argument_group("model")
@@ -790,8 +773,9 @@ def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    typed = vars(parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), parser))))
-    given = {name: value for name, value in typed.items() if value is not parser}  # without the defaults
+    unset = object()  # parsed a second time over this: what is still unset was not typed
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {name: value for name, value in typed.items() if value is not unset}
 
     try:
         for mode in ("knn", "linear-probe", "finetune"):
@@ -830,8 +814,7 @@ def start(args: argparse.Namespace, given: dict):
         train(args, resumed)
     except KeyboardInterrupt:
         if os.path.exists(f"{args.out}/checkpoint.pt"):
-            go_on = f"python train.py --resume {args.out}"
-            print(f"\ninterrupted; to go on from the last whole epoch: {go_on}", file=sys.stderr)
+            print(f"\nto go on from the last whole epoch: python train.py --resume {args.out}", file=sys.stderr)
         raise
 
 

@@ -16,7 +16,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from clmae import CLMAE, Output, gumbel_top_k, patchify, unpatchify
+from clmae import CLMAE, gumbel_top_k, patchify, unpatchify
 from train import load_run, standardise
 
 SAMPLES = 1000  # masks drawn to estimate a probability
@@ -37,11 +37,11 @@ def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: floa
     """
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    extent = (0, image.shape[2], image.shape[1], 0)
+    extent = (0, image.shape[2], image.shape[1], 0)  # in pixels, so that a grid of patches covers the image
     if probability is None:
         return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy(), extent=extent)
-    ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=-40, vmax=295, extent=extent)
-    width = min(ratio, 1 - ratio)
+    ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=-40, vmax=295, extent=extent)  # pale, under colours
+    width = min(ratio, 1 - ratio)  # white at the ratio, full colour where the nearer of 0 and 1 is reached
     return ax.imshow(
         probability.numpy(), cmap="RdBu_r", vmin=ratio - width, vmax=ratio + width, alpha=0.6, extent=extent
     )
@@ -72,7 +72,8 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
         for ax, image, p in zip(column, images, probability, strict=False):
             drawn = show(ax, image, p, ratio)
     bar = fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60)
-    bar.set_label(f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)", fontsize=10)
+    label = f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)"
+    bar.set_label(label, fontsize=10)
     bar.ax.tick_params(labelsize=9)
     fig.savefig(file, dpi=110, bbox_inches="tight", pad_inches=0.05)
     plt.close(fig)
@@ -104,23 +105,21 @@ def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int =
     images = standardise(raw, checkpoint["mean"], checkpoint["std"])
     shown = patchify(raw.float(), c.patch_size)  # (N, L, p*p*3)
 
-    def panels(output: Output) -> list[Tensor]:
-        mask = output.mask[..., None]
-        pred = model.reconstruct(output.pred, images) * checkpoint["std"] + checkpoint["mean"]
-        pasted = shown * (1 - mask) + patchify(pred, c.patch_size) * mask
-        return [unpatchify(x, c.patch_size, c.grid) for x in (shown * (1 - mask) + 160 * mask, pasted)]
-
-    def sample(scores: Tensor) -> list[Tensor]:
-        return panels(model(images, scores=scores, generator=torch.Generator().manual_seed(0)))
-
-    columns = {"original": raw}
-    columns["random mask"], columns["reconstruction"] = sample(images.new_zeros(len(images), c.patches))
+    choices = {"random": images.new_zeros(len(images), c.patches)}
     if model.masker:
-        columns["learned mask"], columns["reconstruction "] = sample(checkpoint["history"][-1][:rows])
+        choices["learned"] = checkpoint["history"][-1][:rows]
+    columns = [("original", raw)]
+    for name, scores in choices.items():
+        output = model(images, scores=scores, generator=torch.Generator().manual_seed(0))  # the same noise for both
+        mask = output.mask[..., None]  # (N, L, 1)
+        pred = model.reconstruct(output.pred, images) * checkpoint["std"] + checkpoint["mean"]  # (N, 3, H, W)
+        seen, filled = (shown * (1 - mask) + x * mask for x in (160, patchify(pred, c.patch_size)))  # 160: grey
+        columns.append((f"{name} mask", unpatchify(seen, c.patch_size, c.grid)))
+        columns.append(("reconstruction", unpatchify(filled, c.patch_size, c.grid)))
     fig, axes = plt.subplots(
         len(raw), len(columns), figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.6), squeeze=False, layout="constrained"
     )
-    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+    for column, (title, pictures) in zip(axes.T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, picture in zip(column, pictures, strict=True):
             show(ax, picture)
@@ -140,7 +139,8 @@ def draw_curves(checkpoint: dict, file: Path):
 
     def line(ax: Axes, key: str, label: str | None = None, **style):
         points = [(r["epoch"], r[key]) for r in log if r[key] is not None]
-        ax.plot(*zip(*points, strict=True), label=label, **style) if points else None
+        if points:
+            ax.plot(*zip(*points, strict=True), label=label, **style)
 
     line(axes[0], "lambda", color="black")
     axes[0].set(title="curriculum factor $\\lambda$", ylabel="$\\lambda$ (+1 partner, $-$1 adversary)")
