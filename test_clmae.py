@@ -893,3 +893,15 @@ def test_the_readmes_commands_run_on_a_tiny_budget(tmp_path, monkeypatch):
             words += ["--epochs", "1", "--batch-size", "16"]
         {"train.py": lambda w: train.main(w), "visualize.py": lambda w: visualize.main(w),
          "clmae.py": lambda w: clmae.tour()}[script](words)  # fmt: skip
+
+
+def test_the_readmes_walk_is_what_clmae_prints(capsys):
+    clmae.tour()
+    printed = capsys.readouterr().out
+    printed = printed[printed.index("2. The same step") :]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(2\. The same step.*?)```", readme, re.DOTALL)[1]
+    number = r"[-+]?\d+\.\d+"
+    assert re.sub(number, "#", shown).split() == re.sub(number, "#", printed).split()
+    numbers = [[float(n) for n in re.findall(number, text)] for text in (shown, printed)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.011)  # the last digit depends on the machine
