@@ -147,7 +147,7 @@ def draw_curves(checkpoint: dict, file: Path):
     axes[0].axhline(0, color="grey", lw=0.8, ls=":")
     line(axes[1], "hardness", color=COLOURS["adversary"], marker="o", ms=3)
     axes[1].axhline(1, color="grey", lw=0.8, ls=":")
-    axes[1].set(title="hardness of the learned masks", ylabel="loss under learned / random masks")
+    axes[1].set(title="hardness of the learned masks", ylabel="loss, learned / random masks")
     line(axes[2], "loss", "training, the run's masks", color=COLOURS["adversary"])
     line(axes[2], "loss_random", "held out, random masks", color=COLOURS["partner"], ls="--")
     line(axes[2], "loss_trivial", "predicting the patch mean", color="grey", ls=":")
@@ -157,6 +157,7 @@ def draw_curves(checkpoint: dict, file: Path):
     axes[3].set(title="kNN accuracy of the features", ylabel="% of held-out images")
     for ax in axes:
         ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     fig.savefig(file, dpi=110)
     plt.close(fig)
 
