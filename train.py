@@ -574,7 +574,7 @@ def train(args: argparse.Namespace, resumed: dict | None):
 
     for epoch in range(first, args.epochs + 1):
         order, losses = torch.randperm(N).to(data.train.device), torch.zeros(steps, device=device)
-        start = time.perf_counter()
+        start = shown = time.perf_counter()
         for i in (bar := tqdm(range(steps if epoch else 0), f"epoch {epoch}/{args.epochs}", leave=False, disable=None)):
             step = (epoch - 1) * steps + i
             lam.fill_(curriculum_factor(step / max(1, args.epochs * steps - 1), args.lambda_start, args.lambda_end))
@@ -589,9 +589,10 @@ def train(args: argparse.Namespace, resumed: dict | None):
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[i] = output.loss.detach()  # stays on the device: to read it would make a GPU wait
-            if i % 20 == 0:
-                speed = (i + 1) * B / (time.perf_counter() - start)
+            losses[i] = output.loss.detach()  # stays on the device: reading it makes a GPU wait, once a second will do
+            if time.perf_counter() - shown > 1:
+                shown = time.perf_counter()
+                speed = (i + 1) * B / (shown - start)
                 bar.set_postfix_str(f"loss {losses[i].item():.4f}, lambda {lam.item():+.2f}, {speed:.0f} images/s")
                 if not losses[i].isfinite():
                     break
