@@ -483,7 +483,7 @@ def tour():
     show("pred", pred, "every patch, predicted")
 
     print("\n2. The same step at three lambdas: one loss, two gradients\n")
-    print("lambda     loss   |gradient| of encoder   of masker   the masker's first three")
+    print("lambda     loss   |gradient| of encoder   of masker   first three of its last layer")
     on_scores = {}
     for lam in (1.0, 0.0, -1.0):
         model.zero_grad()
@@ -498,13 +498,13 @@ def tour():
         print(f"{lam:+.0f}      {output.loss:.5f}{encoder:24.5f}{masker:12.5f}   {first}")
 
     print("\n3. What that tells the masker about each patch of the first image\n")
-    print("patch  score s   soft           patch loss   ds, lambda = +1   ds, lambda = -1")
+    print("patch  score s   soft           patch loss   push, lambda = +1   push, lambda = -1")
     for i in range(c.patches):
         state = "visible      -   " if hard[0, i] else f"masked  {output.patch_loss[0, i]:9.3f}"
-        steps = "".join(f"{-1000 * on_scores[lam][i]:+18.2f}" for lam in (1.0, -1.0))
-        print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{steps}")
+        push = "".join(f"{-1000 * on_scores[lam][i]:+20.2f}" for lam in (1.0, -1.0))
+        print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{push}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print(f"\nds = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f},")
+    print(f"\npush = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f},")
     print("is shown more often by the partner (+1) and hidden more often by the adversary (-1).")
 
 
