@@ -504,8 +504,8 @@ def tour():
         push = "".join(f"{-1000 * on_scores[lam][i]:+20.2f}" for lam in (1.0, -1.0))
         print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{push}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print(f"\npush = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean, {mean:.3f},")
-    print("is shown more often by the partner (+1) and hidden more often by the adversary (-1).")
+    print("\npush = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean,")
+    print(f"{mean:.3f}, is shown more often by the partner (+1) and hidden more often by the adversary (-1).")
 
 
 if __name__ == "__main__":
