@@ -739,6 +739,18 @@ def test_mask_probability_is_the_chance_of_being_masked():
     torch.testing.assert_close(visualize.mask_probability(scores, 2)[0], exact.float(), atol=0.06, rtol=0)
 
 
+def test_curves_show_the_losses_whatever_their_size(tmp_path, monkeypatch):
+    # With --no-norm-pix a healthy loss stays above that of the patch means.
+    keys = {"lambda": 0.0, "hardness": 1.0, "loss_trivial": 0.25, "knn": None}
+    losses = [{"loss": None, "loss_random": 9.0}, {"loss": 0.8, "loss_random": 0.7}, {"loss": 0.5, "loss_random": 0.4}]
+    monkeypatch.setattr(visualize.plt, "close", lambda figure: None)
+    visualize.draw_curves({"log": [{"epoch": i, **keys, **loss} for i, loss in enumerate(losses)]}, tmp_path / "c.png")
+    top = visualize.plt.gcf().axes[2].get_ylim()[1]
+    monkeypatch.undo()
+    visualize.plt.close("all")
+    assert 0.8 < top < 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Wrong input: one line that names it, exit status 2, nothing overwritten
 

@@ -20,7 +20,8 @@ from clmae import CLMAE, gumbel_top_k, patchify, unpatchify
 from train import load_run, standardise
 
 SAMPLES = 1000  # masks drawn to estimate a probability
-COLOURS = {"untrained": "black", "partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}  # Okabe and Ito's
+# Okabe and Ito's colours: the colour-blind tell them apart.
+COLOURS = {"untrained": "black", "partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}
 
 
 def mask_probability(scores: Tensor, visible: int) -> Tensor:
@@ -151,7 +152,8 @@ def draw_curves(checkpoint: dict, file: Path):
     line(axes[2], "loss", "training, the run's masks", color=COLOURS["adversary"])
     line(axes[2], "loss_random", "held out, random masks", color=COLOURS["partner"], ls="--")
     line(axes[2], "loss_trivial", "predicting the patch mean", color="grey", ls=":")
-    axes[2].set(title="reconstruction loss", ylabel="mean squared error", ylim=(0, 1.3 * log[0]["loss_trivial"]))
+    top = 1.3 * max([log[0]["loss_trivial"], *(r["loss_random"] for r in log[1:])])  # the untrained loss is far above
+    axes[2].set(title="reconstruction loss", ylabel="mean squared error", ylim=(0, top))
     axes[2].legend(fontsize=9)
     line(axes[3], "knn", color=COLOURS["partner"], marker="o", ms=3)
     axes[3].set(title="kNN accuracy of the features", ylabel="% of held-out images")
