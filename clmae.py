@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
 
     def forward(self, z: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to pixels (B, L, p*p*C)."""
+        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to `target`s (B, L, p*p*C)."""
         z = self.embed(z)  # (B, 1+K, Dd)
         cls, z = z[:, :1], z[:, 1:]
         mask_token = self.mask_token.to(z.dtype)
@@ -284,7 +284,7 @@ class Masker(nn.Module):
 def gumbel_top_k(
     scores: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample k of L tokens without replacement, each time one of those left, i with probability proportional to e^s_i.
+    """Sample k of L tokens without replacement: each draw takes i, of those left, with probability e^s_i / their sum.
 
     Adding Gumbel(0, 1) noise and taking the k largest is an exact sample of that Plackett-Luce distribution
     (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
@@ -433,9 +433,9 @@ class CLMAE(nn.Module):
         per_image = (patch_loss * hidden).sum(1) / hidden.sum(1)  # (B,)
         loss = per_image.mean()
 
-        # 6. The gates tell the masker what a visible patch was worth. A masked patch never entered the pass: what it
-        #    cost is its own loss, against its image's mean because K is fixed and showing one patch hides another.
-        #    The value of this term is zero.
+        # 6. The gates tell the masker what a visible patch was worth to the masked ones. A masked patch never entered
+        #    the pass: it is charged its own loss, less the mean over its image's masked patches. K is fixed, so to show
+        #    one is to hide another, and only differences count. The value of this term is zero.
         if learned:
             m = 1 - keep  # (B, L), mask with the masker's gradient
             cost = ((patch_loss - per_image[:, None]) * hidden).detach()  # (B, L)
@@ -453,7 +453,7 @@ class CLMAE(nn.Module):
 
 
 def tour():
-    """Walk a batch of two tiny images through every stage and print what appears. Set breakpoints along the way."""
+    """Walk two tiny images of noise through every stage and print what appears. Set breakpoints along the way."""
 
     def show(name: str, tensor: Tensor, what: str):
         print(f"{name:<10}{tuple(tensor.shape)!s:<18}{what}")
@@ -465,7 +465,7 @@ def tour():
     c = Config(image_size=(16, 16), dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
     model = CLMAE(c)
     images = torch.randn(2, 3, 16, 16)
-    print(f"1. One forward pass. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
+    print(f"1. Forward, over noise. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
 
     show("images", images, "standardised pixels")
     show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")

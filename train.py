@@ -378,17 +378,18 @@ def finetune(model: CLMAE, data: Data, mean: Tensor, std: Tensor, args: argparse
     stages = [[encoder.patch_embed], *([block] for block in encoder.blocks), [encoder.norm, head]]
     groups = [{"params": [p for part in stage for p in part.parameters()]} for stage in stages]
     groups[0]["params"].append(encoder.cls_token)
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    steps = len(data.train) // B
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    train_images, labels, steps = to_device(data.train, device), data.train_labels.to(device), len(data.train) // B
     for epoch in (bar := tqdm(range(args.epochs), "fine-tuning", disable=None)):
-        for i, ids in enumerate(torch.randperm(len(data.train))[: steps * B].split(B)):
+        order = torch.randperm(len(data.train)).to(train_images.device)
+        for i, ids in enumerate(order[: steps * B].split(B)):
             lr = args.lr * B / 256 * lr_factor(epoch + i / steps, args.epochs, args.warmup_epochs)
             for depth, group in enumerate(reversed(optimizer.param_groups)):
                 group["lr"] = lr * 0.75**depth
-            images = augment(data.train[ids].to(device), mean, std, args.min_crop)
+            images = augment(train_images[ids].to(device), mean, std, args.min_crop)
             with autocast(args, device):
                 logits = head(model.encode(images)[:, 1:].mean(1))
-            loss = F.cross_entropy(logits.float(), data.train_labels[ids].to(device), label_smoothing=0.1)
+            loss = F.cross_entropy(logits.float(), labels[ids.to(device)], label_smoothing=0.1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -442,7 +443,16 @@ def pick_device(name: str | None) -> torch.device:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {name} cannot be used ({str(error).splitlines()[0]}); cuda, mps and cpu are known")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for all that takes no device: memory, random state, synchronize
+    return device
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Images (N, 3, H, W) on the device, if they take less than half of the room there; otherwise as they are."""
+    room = {"cuda": lambda: torch.cuda.mem_get_info()[0], "mps": torch.mps.recommended_max_memory}.get(device.type)
+    return images if room and images.nbytes > room() / 2 else images.to(device)
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
@@ -514,7 +524,7 @@ def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device)
     matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
     others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def train(args: argparse.Namespace, resumed: dict | None):
@@ -522,15 +532,13 @@ def train(args: argparse.Namespace, resumed: dict | None):
     device, run, B = pick_device(args.device), Path(args.out), args.batch_size
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
 
-    # Data, on the device if it takes less than half of the room there.
     data = load_data(args)
     check_batch(B, data)
     N, _, H, W = data.train.shape
     steps = N // B  # an epoch; the last, incomplete batch is dropped
     mean, std = (resumed["mean"], resumed["std"]) if resumed else statistics(data.train)
     mean, std = mean.to(device), std.to(device)
-    if device.type != "cuda" or data.train.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = data._replace(train=data.train.to(device))
+    data = data._replace(train=to_device(data.train, device))
     fixed = standardise(data.val[:500].to(device), mean, std)  # the held-out images that hardness is measured on
 
     torch.manual_seed(args.seed)
@@ -640,6 +648,7 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
     size = image_size(args) or (32, 32)
     torch.set_float32_matmul_precision("high")
     images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
+    order = torch.randperm(B).to(device)  # train() has it once an epoch
     mean, std = torch.full((2, 3, 1, 1), 127.0, device=device)
     batch, lam, kappa = augment(images, mean, std, args.min_crop), *torch.tensor([-0.5, 1.0], device=device)
 
@@ -661,9 +670,11 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
         return step, counter.get_total_flops()
 
     def new_batch() -> Tensor:
-        return augment(images[torch.randperm(B).to(device)], mean, std, args.min_crop)
+        return augment(images[order], mean, std, args.min_crop)
 
     random, curriculum = make_step("random"), make_step("curriculum")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the operations were counted without --compile
     rows = {  # name: (a step, its floating-point operations)
         "random masks": (lambda: random[0](batch), random[1]),
         "curriculum": (lambda: curriculum[0](batch), curriculum[1]),
