@@ -451,8 +451,12 @@ def pick_device(name: str | None) -> torch.device:
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
     """Images (N, 3, H, W) on the device, if they take less than half of the room there; otherwise as they are."""
-    room = {"cuda": lambda: torch.cuda.mem_get_info()[0], "mps": torch.mps.recommended_max_memory}.get(device.type)
-    return images if room and images.nbytes > room() / 2 else images.to(device)
+    room = math.inf
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info()[0]
+    elif device.type == "mps":
+        room = torch.mps.recommended_max_memory()
+    return images.to(device) if images.nbytes <= room / 2 else images
 
 
 def autocast(args: argparse.Namespace, device: torch.device):
