@@ -10,6 +10,7 @@ the figures of visualize.py, and evaluation.json if it was evaluated.
 """
 
 import argparse
+import ctypes
 import io
 import json
 import math
@@ -534,7 +535,6 @@ def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device)
 def train(args: argparse.Namespace, resumed: dict | None):
     """Train for args.epochs, from the start or from a checkpoint, and draw the figures."""
     device, run, B = pick_device(args.device), Path(args.out), args.batch_size
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any
 
     data = load_data(args)
     check_batch(B, data)
@@ -650,7 +650,6 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
     device, B = pick_device(args.device), args.batch_size
     steps_each = 1 if device.type == "cpu" else 10  # a GPU is timed over ten: to wait after each would stall it
     size = image_size(args) or (32, 32)
-    torch.set_float32_matmul_precision("high")
     images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
     order = torch.randperm(B).to(device)  # train() has it once an epoch
     mean, std = torch.full((2, 3, 1, 1), 127.0, device=device)
@@ -710,6 +709,17 @@ def synchronize(device: torch.device):
     """Wait until the device has done what it was given."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that a step frees for the next one.
+
+    Otherwise it gives large blocks back to the system, which clears and maps them anew, page by page, at every step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: all blocks on the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -793,6 +803,8 @@ def main(argv: list[str] | None = None):
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: value for name, value in typed.items() if value is not unset}
 
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    keep_freed_memory()
     try:
         for mode in ("knn", "linear-probe", "finetune"):
             if run := given.get(mode.replace("-", "_")):
