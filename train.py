@@ -447,7 +447,20 @@ def pick_device(name: str | None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # for all that takes no device: memory, random state, synchronize
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory that a step frees for the next one.
+
+    Otherwise it gives large blocks back to the system, which clears and maps them anew, page by page, at every step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: all blocks on the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
@@ -711,17 +724,6 @@ def synchronize(device: torch.device):
         getattr(torch, device.type).synchronize()
 
 
-def keep_freed_memory():
-    """Let glibc keep the memory that a step frees for the next one.
-
-    Otherwise it gives large blocks back to the system, which clears and maps them anew, page by page, at every step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: all blocks on the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-
-
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number between low and high."""
 
@@ -804,7 +806,6 @@ def main(argv: list[str] | None = None):
     given = {name: value for name, value in typed.items() if value is not unset}
 
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    keep_freed_memory()
     try:
         for mode in ("knn", "linear-probe", "finetune"):
             if run := given.get(mode.replace("-", "_")):
