@@ -380,14 +380,14 @@ def finetune(model: CLMAE, data: Data, mean: Tensor, std: Tensor, args: argparse
     groups = [{"params": [p for part in stage for p in part.parameters()]} for stage in stages]
     groups[0]["params"].append(encoder.cls_token)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    train_images, labels, steps = to_device(data.train, device), data.train_labels.to(device), len(data.train) // B
+    labels, steps = data.train_labels.to(device), len(data.train) // B
     for epoch in (bar := tqdm(range(args.epochs), "fine-tuning", disable=None)):
-        order = torch.randperm(len(data.train)).to(train_images.device)
+        order = torch.randperm(len(data.train)).to(data.train.device)
         for i, ids in enumerate(order[: steps * B].split(B)):
             lr = args.lr * B / 256 * lr_factor(epoch + i / steps, args.epochs, args.warmup_epochs)
             for depth, group in enumerate(reversed(optimizer.param_groups)):
                 group["lr"] = lr * 0.75**depth
-            images = augment(train_images[ids].to(device), mean, std, args.min_crop)
+            images = augment(data.train[ids].to(device), mean, std, args.min_crop)
             with autocast(args, device):
                 logits = head(model.encode(images)[:, 1:].mean(1))
             loss = F.cross_entropy(logits.float(), labels[ids.to(device)], label_smoothing=0.1)
@@ -413,6 +413,7 @@ def evaluate(mode: str, path: str, given: dict):
     device, data = pick_device(args.device), load_data(args)
     if not data.classes:
         fail(f"--{mode} needs class labels; the images of {args.data} have none")
+    data = data._replace(train=to_device(data.train, device))
     mean, std = checkpoint["mean"].to(device), checkpoint["std"].to(device)
     result = {"pretrained_epochs": checkpoint["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
     if mode == "finetune":
@@ -437,7 +438,7 @@ def evaluate(mode: str, path: str, given: dict):
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
+    """The device asked for, or the best there is, made ready for use."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
