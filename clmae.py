@@ -4,16 +4,18 @@ A masked autoencoder (MAE) sees a few patches of an image and predicts the rest.
 chooses which patches are hidden. It is trained on the MAE's own reconstruction loss times a factor lambda that falls
 from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide what is hard), a curriculum of masks.
 
-    images -> PatchEmbed -> x -> Encoder(visible tokens of x) -> Decoder(+ mask tokens) -> pixels -> loss
+    images -> PatchEmbed -> x -> Encoder(visible tokens of x) -> Decoder(+ mask tokens) -> pred -> loss
                             |                 ^
                             +-> Masker -> scores -> gumbel_top_k
 
-Symbols: B images, C channels, L patches (tokens), K visible ones, r = 1 - K/L mask ratio, D encoder width,
-s scores (high = keep visible), y = s + Gumbel noise, keep = 1 visible / 0 masked, mask = 1 - keep.
+Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width, lam the factor lambda,
+a the masker's raw scores, s = scores (low = hide), y = s + Gumbel noise, mask 1 = masked and 0 = visible.
 MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
 """
 
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,31 +27,33 @@ from torch import Tensor, nn
 class Config:
     """Everything that shapes the model and its loss. Widths are in features, image sizes in pixels."""
 
-    image_size: tuple[int, int] = (32, 32)  # (height, width), pixels
-    patch_size: int = 4  # side of a square patch, pixels; divides both image sides
-    channels: int = 3  # image channels
-    dim: int = 192  # encoder width D, features; a multiple of 4 (positions) and of `heads`
+    image_size: int | tuple[int, int] = 32  # one side of a square, or (height, width); kept as the pair
+    patch_size: int = 4  # side of a square patch; divides both image sides
+    channels: int = 3
+    dim: int = 192  # encoder width D; each width is a multiple of 4 (positions) and of its heads
     depth: int = 12  # encoder blocks
-    heads: int = 3  # encoder attention heads
-    decoder_dim: int = 64  # decoder width, features
-    decoder_depth: int = 2  # decoder blocks
-    decoder_heads: int = 2  # decoder attention heads
-    masker_dim: int = 64  # masker width, features
-    masker_depth: int = 1  # masker blocks
-    masker_heads: int = 2  # masker attention heads
-    mask_ratio: float = 0.75  # r, fraction of the patches that is hidden; K = round(L (1 - r))
-    kappa: float = 2.0  # std of the masker's scores, against 1.28 of the Gumbel noise. 0: no masker, plain MAE
+    heads: int = 3
+    decoder_dim: int = 64
+    decoder_depth: int = 2
+    decoder_heads: int = 2
+    masker_dim: int = 64
+    masker_depth: int = 1
+    masker_heads: int = 2
+    mask_ratio: float = 0.75  # fraction of the patches that is hidden; K = round(L (1 - mask_ratio))
+    kappa: float = 2.0  # how far masks may depart from random ones, see CLMAE.forward. 0: no masker, plain MAE
     tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
-    diversity: float = 0.0  # weight of the loss against one mask for all images
     norm_pix: bool = True  # predict patches standardised each by itself instead of pixels
 
     def __post_init__(self):
-        self.image_size = tuple(self.image_size)
-        for side in self.image_size:
-            if self.patch_size < 1 or side < 1 or side % self.patch_size:
-                height, width = self.image_size
-                raise ValueError(f"patch_size {self.patch_size} must divide the image size {height} x {width}")
-        if not 1 <= self.visible <= self.patches - 1:
+        size = self.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        height, width = self.image_size
+        if self.patch_size < 1 or any(side < 1 or side % self.patch_size for side in self.image_size):
+            raise ValueError(f"patch_size {self.patch_size} must divide the image size {height} x {width}")
+        for name, low, high in (("kappa", 0, 1e9), ("tau", 1e-9, 1e9), ("mask_ratio", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} {getattr(self, name)} must be between {low:g} and {high:g}")
+        if not 1 <= self.visible < self.patches:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.patches} patches visible; "
                 f"at least 1 must be visible and 1 masked"
@@ -62,8 +66,6 @@ class Config:
             raise ValueError(
                 "norm_pix needs more than 1 value in a patch: patch_size 1 with channels 1 has no variance"
             )
-        if self.kappa < 0 or self.tau <= 0 or self.diversity < 0:
-            raise ValueError(f"kappa {self.kappa} and diversity {self.diversity} must be >= 0, tau {self.tau} > 0")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -141,12 +143,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D), in which a token can be faded out as a key.
-
-    `log_keep` (B, N) is added to the logits: softmax(q k / sqrt(d) + log keep) are the weights softmax(q k / sqrt(d))
-    multiplied by keep of the key's token and renormalised. It is written out so that the gate is in sight; the fused
-    scaled_dot_product_attention takes it as attn_mask, and on a CPU, at these lengths, is no faster.
-    """
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -154,27 +151,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, log_keep: Tensor | None = None) -> Tensor:
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-        if log_keep is not None:
-            logits = logits + log_keep[:, None, None, :]
-        out = logits.softmax(-1).to(v.dtype) @ v  # (B, heads, N, d)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k / sqrt(d)) v, (B, heads, N, d)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
 
 class Block(nn.Module):
@@ -185,10 +166,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential()
+        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, log_keep: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), log_keep)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -197,7 +179,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT over the visible tokens only. MAE, Sec. 3. `state_dict()` loads into a timm VisionTransformer as it is."""
+    """ViT over the visible tokens only. MAE, Sec. 3. `state_dict()` loads into a timm VisionTransformer as it is.
+
+    CLS is an extra token that no loss and no feature uses; it is there because timm's and MAE's layout have it.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -215,13 +200,12 @@ class Encoder(nn.Module):
             raise ValueError(f"images {tuple(images.shape)} must be (B, {C}, {H}, {W})")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, K, D), gated by keep (B, K) where it is given, to normalised features (B, 1+K, D), CLS first."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, K, D), with their positions, to normalised features (B, 1+K, D), CLS first."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1+K, D)
-        log_keep = None if keep is None else F.pad(keep.log(), (1, 0))  # (B, 1+K); CLS is always kept, log 1 = 0
         for block in self.blocks:
-            x = block(x, log_keep)
+            x = block(x)
         return self.norm(x)
 
 
@@ -237,15 +221,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
         self.pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
 
-    def forward(self, z: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Features (B, 1+K, D) of the visible patches ids (B, K), gated by keep (B, K), to `target`s (B, L, p*p*C)."""
+    def forward(self, z: Tensor, ids: Tensor) -> Tensor:
+        """Features (B, 1+K, D) of CLS and the visible patches `ids` (B, K) to all patches, (B, L, p*p*C)."""
         z = self.embed(z)  # (B, 1+K, Dd)
         cls, z = z[:, :1], z[:, 1:]
-        mask_token = self.mask_token.to(z.dtype)
-        if keep is not None:  # a token that fades out turns into a mask token
-            gate = keep[..., None].to(z.dtype)  # (B, K, 1)
-            z = gate * z + (1 - gate) * mask_token
-        x = mask_token.expand(len(z), self.pos_embed.shape[1] - 1, -1)  # (B, L, Dd)
+        x = self.mask_token.to(z.dtype).expand(z.shape[0], self.pos_embed.shape[1] - 1, -1)  # (B, L, Dd)
         x = x.scatter(1, ids[..., None].expand_as(z), z)  # visible features at their places
         x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, 1+L, Dd)
         for block in self.blocks:
@@ -258,10 +238,10 @@ class Decoder(nn.Module):
 
 
 class Masker(nn.Module):
-    """Look at all tokens x (B, L, D) and give each a score (B, L), high = keep visible. CL-MAE, Sec. 3.
+    """Look at all tokens x (B, L, D) and give each a raw score a (B, L), low = hide. CL-MAE, Sec. 3.
 
-    The scores of each image have mean 0 and std 1; the forward pass multiplies them by kappa, which says how far masks
-    may depart from random ones. Left free they would grow until the noise of `gumbel_top_k` drowns and masks freeze.
+    The scores of each image have mean 0 and std 1. Left free they would grow until the noise of `gumbel_top_k` drowns
+    and the masks freeze.
     """
 
     def __init__(self, c: Config):
@@ -269,16 +249,22 @@ class Masker(nn.Module):
         self.embed = nn.Linear(c.dim, c.masker_dim)
         self.blocks = nn.ModuleList(Block(c.masker_dim, c.masker_heads) for _ in range(c.masker_depth))
         self.norm = nn.LayerNorm(c.masker_dim, eps=1e-6)
-        self.score = nn.Linear(c.masker_dim, 1)
+        self.score = nn.Linear(c.masker_dim, 1, bias=False)  # the mean is taken out: a bias would do nothing
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)  # (B, L, Dm)
         for block in self.blocks:
             x = block(x)
-        with torch.autocast(x.device.type, enabled=False):  # float32: bfloat16 would round scores into ties
-            scores = self.score(self.norm(x.float())).squeeze(-1)  # (B, L)
-        scores = scores - scores.mean(1, keepdim=True)
-        return scores / (scores.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round scores into ties
+            a = self.score(self.norm(x.to(self.score.weight.dtype))).squeeze(-1).float()  # (B, L)
+        a = a - a.mean(1, keepdim=True)
+        return a / (a.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def gumbel_noise(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent Gumbel(0, 1) noise, std 1.28, of the shape (B, L) of the scores."""
+    u = torch.empty_like(scores).uniform_(generator=generator).clamp_min(torch.finfo(scores.dtype).tiny)
+    return -(-u.log()).log()
 
 
 def gumbel_top_k(
@@ -295,9 +281,7 @@ def gumbel_top_k(
     """
     if not 1 <= k < scores.shape[1]:
         raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
-    u = torch.empty_like(scores).uniform_(generator=generator).clamp_min(torch.finfo(scores.dtype).tiny)  # (B, L)
-    noise = -(-u.log()).log()  # (B, L), Gumbel(0, 1)
-    y = scores + noise  # (B, L)
+    y = scores + gumbel_noise(scores, generator)  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
     theta = top[:, k - 1 :].mean(1, keepdim=True)  # (B, 1), midway between the last in and the first out
     theta = theta.detach()  # the gradient of a token is its own, not that of the two at the border
@@ -310,30 +294,20 @@ def gumbel_top_k(
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
     """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
 
-    CL-MAE, Sec. 3: it multiplies the reconstruction loss of the masker only. AdamW divides the size of a gradient out,
-    and with it that of lambda; so train.py makes the scores' std kappa * |lambda| as well: at 0 the masks are random.
+    CL-MAE, Sec. 3: it multiplies the masker's loss, and not the MAE's.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} must be between 0 and 1")
     return start + (end - start) * progress
 
 
-def mask_diversity(scores: Tensor) -> Tensor:
-    """The share (0-d, 0 to 1) of the scores' variance over tokens that differs from image to image, scores (B, L).
-
-    0: one mask for all images. B unrelated images have 1 - 1/B.
-    """
-    common = scores.mean(0).square().mean()  # what all images share; the scores of an image have mean 0
-    return 1 - common / scores.square().mean().clamp_min(1e-12)
-
-
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    loss: Tensor  # (), the one to call backward() on; its value does not depend on lambda; includes the diversity loss
+    loss: Tensor  # (), the one to call backward() on: the mean of patch_loss over the masked patches
     pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
-    mask: Tensor  # (B, L), 1 = masked, 0 = visible
-    scores: Tensor  # (B, L), the masker's times kappa, or those passed in; zeros if there are neither
+    mask: Tensor  # (B, L), 1 = masked, 0 = visible; carries the masker's gradient
+    scores: Tensor  # (B, L), s; zeros without a masker
     patch_loss: Tensor  # (B, L), mean squared error of every patch; only the masked ones are trained on
 
 
@@ -343,17 +317,28 @@ class CLMAE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.masker = Masker(config) if config.kappa > 0 else None
-        for module in self.modules():  # MAE, appendix A.1
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.register_buffer("mean", torch.full((config.channels, 1, 1), 127.5))  # of the training set, 0 to 255
+        self.register_buffer("std", torch.full((config.channels, 1, 1), 127.5))
+        self.encoder = Encoder(config).apply(init)
+        self.decoder = Decoder(config).apply(init)
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))  # as the matmul that it is
         nn.init.zeros_(self.encoder.patch_embed.proj.bias)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
+        with torch.random.fork_rng(devices=[]):  # a seed gives the same MAE, and what follows, with a masker or without
+            self.masker = Masker(config).apply(init) if config.kappa > 0 else None
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of values 0 to 255, as stored, to what the model reads: mean 0 and std 1 a channel."""
+        return (images.float() - self.mean) / self.std
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B, 1+L, D) of whole standardised images (B, C, H, W): never masked, normalised, CLS first."""
+        return self.encoder(self.encoder.embed(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What is evaluated: the mean (B, D) of the patch tokens of `encode`."""
+        return self.encode(images)[:, 1:].mean(1)
 
     def target(self, images: Tensor) -> Tensor:
         """What the decoder is to predict for every patch of images (B, C, H, W): (B, L, p*p*C)."""
@@ -373,80 +358,100 @@ class CLMAE(nn.Module):
             pred = pred * std + mean
         return unpatchify(pred, self.config.patch_size, self.config.grid)
 
-    def forward(
-        self,
-        images: Tensor,
-        lam: Tensor | float = 0.0,
-        kappa: Tensor | float | None = None,
-        *,
-        scores: Tensor | None = None,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Output:
-        """One step on standardised images (B, C, H, W).
+    def fill_in(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Plain MAE: all patches (B, L, p*p*C), predicted from the tokens `ids` (B, K) of x (B, L, D)."""
+        visible = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
+        return self.decoder(self.encoder(visible), ids)
 
-        lam: the curriculum factor. kappa: std of the scores, default config.kappa; 0 gives random masks. train.py
-        passes config.kappa * |lam|. Both as 0-d tensors if the model is compiled: it compiles anew for every float.
-        scores: (B, L), sample from these instead of the masker's, for looking only: no gradient reaches them.
-        mask: (B, L), 1 = masked, use exactly this, the same number of visible patches in each image; no sampling.
+    def forward(self, images: Tensor, lam: Tensor | float = 0.0, generator: torch.Generator | None = None) -> Output:
+        """One step of CL-MAE on standardised images (B, C, H, W).
+
+        lam: the curriculum factor, as a 0-d tensor if the model is compiled: it compiles anew for every float.
+        lam = 0 is plain MAE, exactly.
         """
         c = self.config
         x = self.encoder.embed(images)  # (B, L, D)
-        for name, given in (("scores", scores), ("mask", mask)):
-            if given is not None and given.shape != x.shape[:2]:
-                raise ValueError(f"{name} {tuple(given.shape)} must be (B, L) = {tuple(x.shape[:2])}")
 
-        # 1. The masker scores every token. detach: it must not teach the patch embedding.
-        learned = mask is None and scores is None and self.masker is not None
-        if learned:
-            scores = (c.kappa if kappa is None else kappa) * self.masker(x.detach())  # (B, L)
-        elif scores is None:
-            scores = x.new_zeros(x.shape[:2], dtype=torch.float32)
+        # 1. The masker scores every token. detach: it must not teach the patch embedding. Half of the scores, those
+        #    below the image's mean, hide a token more often than chance; none shows one more often than the rest.
+        #    |lam|: an optimiser like AdamW divides the size of a gradient out, and with it that of lam. So lam sets how
+        #    strong the masks are as well.
+        scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
+        if self.masker is not None:
+            scores = c.kappa * abs(lam) * self.masker(x.detach()).clamp(max=0)  # (B, L)
 
-        # 2. Sample K visible tokens; in value `keep` is 0 or 1.
-        if mask is None:
-            ids, keep, soft = gumbel_top_k(scores.float(), c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
-        else:
-            keep = 1 - mask.float()  # (B, L)
-            K, *others = (keep == 1).sum(1).unique().tolist()
-            if others or not 1 <= K < c.patches or not ((keep == 0) | (keep == 1)).all():
-                raise ValueError(
-                    f"mask must be 0 or 1 and leave the same number of patches of each image visible, 1 to "
-                    f"{c.patches - 1}; visible here: {[K, *others]}"
-                )
-            ids = keep.topk(K, dim=1).indices  # (B, K)
-        hidden = 1 - keep  # (B, L), 1 = masked; without the gradient that step 3 gives to keep
+        # 2. Sample the K visible tokens.
+        ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
 
-        # 3. The curriculum in one line. lam times the straight-through gradient reaches the masker, while the value of
-        #    keep, and so the loss and the MAE's gradient, are the same for every lam: one pass trains both networks.
-        gate = None
-        if learned:
-            keep = keep + lam * (soft - soft.detach())  # (B, L)
-            gate = keep.gather(1, ids)  # (B, K), ones
+        # 3. The curriculum. Sampling has no gradient; that of `soft` stands in for it (straight-through), times lam:
+        #    soft - soft.detach() is 0 in value and has the gradient of soft. So the value of the mask, the loss and the
+        #    MAE's gradient do not depend on this factor, and the masker's gradient is multiplied by it.
+        mask = (1 - hard) - lam * (soft - soft.detach())  # (B, L), 1 = masked
 
         # 4. Encode the visible tokens, decode all.
-        visible_x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
-        pred = self.decoder(self.encoder(visible_x, gate), ids, gate)  # (B, L, p*p*C)
+        pred = self.fill_in(x, ids)  # (B, L, p*p*C)
 
-        # 5. Reconstruction loss over the masked patches. MAE, Sec. 3.
+        # 5. Reconstruction loss over the masked patches. MAE, Sec. 3. The second term is 0 in value and carries the
+        #    masker's gradient: a masked patch is charged its own loss, less the mean over its image's masked patches.
+        #    K is fixed, so to show one is to hide another, and only differences count.
         patch_loss = (pred.float() - self.target(images)).square().mean(-1)  # (B, L)
-        per_image = (patch_loss * hidden).sum(1) / hidden.sum(1)  # (B,)
-        loss = per_image.mean()
+        masked = c.patches - c.visible  # L - K
+        image_loss = (patch_loss * (1 - hard)).sum(1, keepdim=True) / masked  # (B, 1)
+        cost = ((patch_loss - image_loss) * (1 - hard)).detach()  # (B, L)
+        loss = image_loss.mean() + (cost * (mask - mask.detach())).sum(1).mean() / masked
+        return Output(loss, pred, mask, scores, patch_loss)
 
-        # 6. The gates tell the masker what a visible patch was worth to the masked ones. A masked patch never entered
-        #    the pass: it is charged its own loss, less the mean over its image's masked patches. K is fixed, so to show
-        #    one is to hide another, and only differences count. The value of this term is zero.
-        if learned:
-            m = 1 - keep  # (B, L), mask with the masker's gradient
-            cost = ((patch_loss - per_image[:, None]) * hidden).detach()  # (B, L)
-            loss = loss + (cost * (m - m.detach())).sum(1).div(hidden.sum(1)).mean()
-            if c.diversity > 0:
-                loss = loss + c.diversity * (1 - mask_diversity(scores))
-        return Output(loss, pred, hidden, scores, patch_loss)
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """All patches (B, L, p*p*C) under a mask (B, L) of your own, 1 = masked, the same number in each image."""
+        visible = (mask == 0).sum(1)  # (B,)
+        if (visible != visible[0]).any() or not 1 <= visible[0] < mask.shape[1]:
+            raise ValueError(f"mask must leave the same number of patches visible, 1 to L - 1: {visible.tolist()}")
+        ids = mask.float().argsort(dim=1, stable=True)[:, : visible[0]]  # (B, K)
+        return self.fill_in(self.encoder.embed(images), ids)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Features (B, 1+L, D) of whole images (B, C, H, W): never masked, deterministic, normalised, CLS first."""
-        return self.encoder(self.encoder.embed(images))
+    def mask_probability(self, scores: Tensor, samples: int = 1000) -> Tensor:
+        """The chance (N, L) of every patch to be masked, given scores (N, L), by sampling."""
+        repeated = scores.expand(samples, -1, -1).flatten(0, 1)  # (samples * N, L)
+        generator = torch.Generator(scores.device).manual_seed(0)
+        _, hard, _ = gumbel_top_k(repeated, self.config.visible, generator=generator)
+        return 1 - hard.reshape(samples, *scores.shape).mean(0)
+
+
+def init(module: nn.Module):
+    """Xavier weights for linear layers, no bias. MAE, appendix A.1."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# What a checkpoint holds: the command's `options`, `config`, the number of training images `N`, `epoch`, `log` (figures
+# by epoch), `scores` (8, L) of 8 held-out `images` by epoch; the states of model, optimiser and random numbers.
+RECORD = {"options": dict, "config": dict, "N": int, "epoch": int, "log": list, "scores": list, "images": Tensor}
+RECORD |= {"model": dict, "optimizer": dict, "rng": dict}
+
+
+def load(run: str | Path) -> tuple[CLMAE, dict]:
+    """The model of a run folder, on the CPU, ready for `model.encode(model.standardise(images))`, and its RECORD.
+
+    Raises ValueError if the folder has no checkpoint, or a damaged one.
+    """
+    file = Path(run) / "checkpoint.pt"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run: it has no checkpoint.pt")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch.load reads past a flipped bit
+                raise ValueError(f"bad checksum of {damaged}")
+        record = torch.load(file, map_location="cpu", weights_only=True)
+        if wrong := [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]:
+            raise ValueError(f"it has no {', '.join(wrong)}")
+        model = CLMAE(Config(**record["config"]))
+        model.load_state_dict(record["model"])
+    except Exception as error:  # a damaged file fails in many ways
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise ValueError(f"{file} is damaged or not a checkpoint of this program ({reason})") from error
+    return model, record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,51 +463,46 @@ def tour():
     def show(name: str, tensor: Tensor, what: str):
         print(f"{name:<10}{tuple(tensor.shape)!s:<18}{what}")
 
-    def draw() -> torch.Generator:  # the same noise each time, so that all that follows sees the same masks
-        return torch.Generator().manual_seed(1)
-
     torch.manual_seed(0)
-    c = Config(image_size=(16, 16), dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
-    model = CLMAE(c)
-    images = torch.randn(2, 3, 16, 16)
+    c = Config(image_size=16, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
+    model, images = CLMAE(c), torch.randn(2, 3, 16, 16)
     print(f"1. Forward, over noise. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
-
     show("images", images, "standardised pixels")
     show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
     x = model.encoder.embed(images)
     show("x", x, "a token per patch, with its position")
-    scores = c.kappa * model.masker(x.detach())
-    show("scores", scores, f"the masker's, mean 0 and std kappa = {c.kappa:g}; high = keep visible")
-    ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, draw())
+    a = model.masker(x.detach())
+    show("a", a, "the masker's raw scores, mean 0 and std 1; low = hide")
+    scores = c.kappa * a.clamp(max=0)
+    show("scores", scores, f"kappa |lambda| min(a, 0), at lambda = +1 or -1, kappa = {c.kappa:g}")
+    ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, torch.Generator().manual_seed(1))
     show("ids", ids, "the K patches that the encoder may see")
     show("hard", hard, "1 = visible, 0 = masked")
     show("soft", soft, "its differentiable stand-in")
-    z = model.encoder(x.gather(1, ids[..., None].expand(-1, -1, c.dim)))
-    show("z", z, "features of CLS and the visible patches")
-    pred = model.decoder(z, ids)
-    show("pred", pred, "every patch, predicted")
+    show("pred", model.fill_in(x, ids), "every patch, predicted")
 
-    print("\n2. The same step at three lambdas: one loss, two gradients\n")
-    print("lambda     loss   |gradient| of encoder   of masker   first three of its last layer")
-    on_scores = {}
-    for lam in (1.0, 0.0, -1.0):
+    print("\n2. The same step, with the same noise, at five lambdas: one loss, two gradients\n")
+    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of its last layer")
+    push = {}
+    for lam in (1.0, 0.5, 0.0, -0.5, -1.0):
         model.zero_grad()
-        output = model(images, lam, generator=draw())
+        output = model(images, lam, torch.Generator().manual_seed(1))
         output.scores.retain_grad()
         output.loss.backward()
-        on_scores[lam] = output.scores.grad[0]  # (L,)
+        push[lam] = -1000 * output.scores.grad[0]  # (L,)
         encoder, masker = (
             torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
         )
-        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad.flatten()[:3].tolist())
-        print(f"{lam:+.0f}      {output.loss:.5f}{encoder:24.5f}{masker:12.5f}   {first}")
+        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad.flatten()[:2].tolist())
+        std = output.scores.std(1, unbiased=False).mean()
+        print(f"{lam:+.1f}{std:18.5f}{output.loss:11.5f}{encoder:24.5f}{masker:12.5f}   {first}")
 
     print("\n3. What that tells the masker about each patch of the first image\n")
-    print("patch  score s   soft           patch loss   push, lambda = +1   push, lambda = -1")
+    print("patch   raw a   score s   soft           patch loss   push, lambda = +1   push, lambda = -1")
     for i in range(c.patches):
         state = "visible      -   " if hard[0, i] else f"masked  {output.patch_loss[0, i]:9.3f}"
-        push = "".join(f"{-1000 * on_scores[lam][i]:+20.2f}" for lam in (1.0, -1.0))
-        print(f"{i:5d}{scores[0, i]:+9.2f}{soft[0, i]:7.2f}   {state}{push}")
+        pushes = f"{push[1.0][i]:+20.2f}{push[-1.0][i]:+20.2f}"
+        print(f"{i:5d}{a[0, i]:+8.2f}{scores[0, i]:+10.2f}{soft[0, i]:7.2f}   {state}{pushes}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
     print("\npush = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean,")
     print(f"{mean:.3f}, is shown more often by the partner (+1) and hidden more often by the adversary (-1).")

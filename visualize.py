@@ -1,9 +1,13 @@
-"""Draw a run of train.py into its folder: masks.png, masks.gif, reconstructions.png, curves.png.
+"""Draw a run of train.py into its folder: step.png, masks.png, masks.gif, reconstructions.png, curves.png.
 
 python visualize.py runs/shapes
+python visualize.py runs/random runs/curriculum  # several: only compare.png, into the first one's folder
 """
 
 import argparse
+import sys
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -16,19 +20,37 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from clmae import CLMAE, gumbel_top_k, patchify, unpatchify
-from train import load_run, standardise
+from clmae import CLMAE, gumbel_noise, load, patchify, unpatchify
 
-SAMPLES = 1000  # masks drawn to estimate a probability
 # Okabe and Ito's colours: the colour-blind tell them apart.
 COLOURS = {"untrained": "black", "partner": "#0072B2", "neutral": "#666666", "adversary": "#D55E00"}
-
-
-def mask_probability(scores: Tensor, visible: int) -> Tensor:
-    """The probability (N, L) of being masked given scores (N, L), by sampling; its mean is the mask ratio."""
-    repeated = scores.expand(SAMPLES, -1, -1).flatten(0, 1)  # (SAMPLES * N, L)
-    _, kept, _ = gumbel_top_k(repeated, visible, generator=torch.Generator().manual_seed(0))
-    return 1 - kept.reshape(SAMPLES, *scores.shape).mean(0)
+CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+# curves.png, a panel a row: title, label of the y axis, {key of the log: (label, style of the line)}. A key that was
+# logged in epoch 0 only is drawn as a level. A key that no panel names gets a panel of its own.
+PANELS = [
+    ("curriculum factor $\\lambda$", "$\\lambda$ (+1 partner, $-$1 adversary)", {"lambda": ("", "k-")}),
+    ("hardness of the learned masks", "loss, learned / random masks", {"hardness": ("", "C1o-")}),
+    (
+        "reconstruction loss",
+        "mean squared error",
+        {
+            "loss": ("training, the run's masks", "C1-"),
+            "loss_random": ("held out, random masks", "C0--"),
+            "loss_trivial": ("predicting the patch mean", "k:"),
+        },
+    ),
+    (
+        "kNN accuracy of the features",
+        "% of held-out images",
+        {"knn": ("features", "C0o-"), "knn_pixels": ("raw pixels", "k:")},
+    ),
+    (
+        "objects found by the masks",
+        "area under the ROC curve",
+        {"objects": ("learned masks", "C1o-"), "objects_contrast": ("contrast of a patch", "k:")},
+    ),
+]
+UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}
 
 
 def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
@@ -48,21 +70,21 @@ def show(ax: Axes, image: Tensor, probability: Tensor | None = None, ratio: floa
     )
 
 
-def masks_by_epoch(checkpoint: dict, model: CLMAE, most: int) -> list[tuple[int, float, str, Tensor]]:
+def masks_by_epoch(record: dict, model: CLMAE, most: int) -> list[tuple[int, float, str, Tensor]]:
     """Epoch, lambda, what the masker is and its masks' probabilities (8, h, w), for at most `most` epochs."""
-    c, log, history, result = model.config, checkpoint["log"], checkpoint["history"], []
+    log, result = record["log"], []
     for epoch in torch.linspace(0, len(log) - 1, min(most, len(log))).round().int().tolist():
         lam = log[epoch]["lambda"]
         role = "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
-        role = role if epoch else "untrained"
-        result.append((epoch, lam, role, mask_probability(history[epoch], c.visible).reshape(-1, *c.grid)))
+        probability = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
+        result.append((epoch, lam, role if epoch else "untrained", probability))
     return result
 
 
-def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, columns: int = 9):
+def draw_masks(record: dict, model: CLMAE, file: Path, rows: int = 6, columns: int = 9):
     """masks.png: held-out images down, epochs across."""
-    images, ratio = checkpoint["images"][:rows], 1 - model.config.visible / model.config.patches
-    masks = masks_by_epoch(checkpoint, model, columns)
+    images, ratio = record["images"][:rows], 1 - model.config.visible / model.config.patches
+    masks = masks_by_epoch(record, model, columns)
     size = (1 + len(masks), len(images) + 1.2)
     fig, axes = plt.subplots(len(images), 1 + len(masks), figsize=size, squeeze=False, layout="constrained")
     axes[0, 0].set_title("image\n", fontsize=10)
@@ -77,12 +99,11 @@ def draw_masks(checkpoint: dict, model: CLMAE, file: Path, rows: int = 6, column
     bar.set_label(label, fontsize=10)
     bar.ax.tick_params(labelsize=9)
     fig.savefig(file, dpi=110, bbox_inches="tight", pad_inches=0.05)
-    plt.close(fig)
 
 
-def draw_gif(checkpoint: dict, model: CLMAE, file: Path, most: int = 40):
+def draw_gif(record: dict, model: CLMAE, file: Path, most: int = 40):
     """masks.gif: the same over time, a frame an epoch, at most `most` of them, two a second."""
-    images, ratio = checkpoint["images"][:6], 1 - model.config.visible / model.config.patches
+    images, ratio = record["images"][:6], 1 - model.config.visible / model.config.patches
     fig, axes = plt.subplots(2, len(images), figsize=(1.2 * len(images), 2.8), squeeze=False, layout="constrained")
     for ax, image in zip(axes[0], images, strict=True):
         show(ax, image)
@@ -95,31 +116,27 @@ def draw_gif(checkpoint: dict, model: CLMAE, file: Path, most: int = 40):
             ax.clear()
             show(ax, image, p, ratio)
 
-    FuncAnimation(fig, frame, masks_by_epoch(checkpoint, model, most)).save(file, PillowWriter(fps=2), dpi=80)
-    plt.close(fig)
+    FuncAnimation(fig, frame, masks_by_epoch(record, model, most)).save(file, PillowWriter(fps=2), dpi=80)
 
 
 @torch.inference_mode()
-def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int = 4):
+def draw_reconstructions(record: dict, model: CLMAE, file: Path, rows: int = 4):
     """reconstructions.png: what the MAE sees and makes of it, under random and under learned masks."""
-    c, raw = model.config, checkpoint["images"][:rows]
-    images = standardise(raw, checkpoint["mean"], checkpoint["std"])
+    c, raw = model.config, record["images"][:rows]
+    images = model.standardise(raw)
     shown = patchify(raw.float(), c.patch_size)  # (N, L, p*p*3)
 
-    choices = {"random": images.new_zeros(len(images), c.patches)}
-    if model.masker:
-        choices["learned"] = checkpoint["history"][-1][:rows]
     columns = [("original", raw)]
-    for name, scores in choices.items():
-        output = model(images, scores=scores, generator=torch.Generator().manual_seed(0))  # the same noise for both
+    lams = {"random": 0.0} | ({"learned": record["log"][-1]["lambda"]} if model.masker else {})
+    for name, lam in lams.items():
+        output = model(images, lam, torch.Generator().manual_seed(0))  # the same noise for both
         mask = output.mask[..., None]  # (N, L, 1)
-        pred = model.reconstruct(output.pred, images) * checkpoint["std"] + checkpoint["mean"]  # (N, 3, H, W)
+        pred = model.reconstruct(output.pred, images) * model.std + model.mean  # (N, 3, H, W)
         seen, filled = (shown * (1 - mask) + x * mask for x in (160, patchify(pred, c.patch_size)))  # 160: grey
         columns.append((f"{name} mask", unpatchify(seen, c.patch_size, c.grid)))
         columns.append(("reconstruction", unpatchify(filled, c.patch_size, c.grid)))
-    fig, axes = plt.subplots(
-        len(raw), len(columns), figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.6), squeeze=False, layout="constrained"
-    )
+    size = (1.5 * len(columns), 1.5 * len(raw) + 0.6)
+    fig, axes = plt.subplots(len(raw), len(columns), figsize=size, squeeze=False, layout="constrained")
     for column, (title, pictures) in zip(axes.T, columns, strict=True):
         column[0].set_title(title, fontsize=9)
         for ax, picture in zip(column, pictures, strict=True):
@@ -129,57 +146,78 @@ def draw_reconstructions(checkpoint: dict, model: CLMAE, file: Path, rows: int =
         note += "\nMasked patches take mean and contrast from the original (norm_pix predicts neither)."
     fig.supxlabel(note, fontsize=8)
     fig.savefig(file, dpi=110)
-    plt.close(fig)
 
 
-def draw_curves(checkpoint: dict, file: Path):
-    """curves.png: lambda, hardness, loss and kNN by epoch."""
-    log = checkpoint["log"]
-    fig, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained")
-    axes = axes.flat
-
-    def line(ax: Axes, key: str, label: str | None = None, **style):
-        points = [(r["epoch"], r[key]) for r in log if r[key] is not None]
-        if points:
-            ax.plot(*zip(*points, strict=True), label=label, **style)
-
-    line(axes[0], "lambda", color="black")
-    axes[0].set(title="curriculum factor $\\lambda$", ylabel="$\\lambda$ (+1 partner, $-$1 adversary)")
-    axes[0].axhline(0, color="grey", lw=0.8, ls=":")
-    line(axes[1], "hardness", color=COLOURS["adversary"], marker="o", ms=3)
-    axes[1].axhline(1, color="grey", lw=0.8, ls=":")
-    axes[1].set(title="hardness of the learned masks", ylabel="loss, learned / random masks")
-    line(axes[2], "loss", "training, the run's masks", color=COLOURS["adversary"])
-    line(axes[2], "loss_random", "held out, random masks", color=COLOURS["partner"], ls="--")
-    line(axes[2], "loss_trivial", "predicting the patch mean", color="grey", ls=":")
-    top = 1.3 * max([log[0]["loss_trivial"], *(r["loss_random"] for r in log[1:])])  # the untrained loss is far above
-    axes[2].set(title="reconstruction loss", ylabel="mean squared error", ylim=(0, top))
-    axes[2].legend(fontsize=9)
-    line(axes[3], "knn", color=COLOURS["partner"], marker="o", ms=3)
-    axes[3].set(title="kNN accuracy of the features", ylabel="% of held-out images")
-    for ax in axes:
-        ax.set_xlabel("epoch")
+def draw_curves(record: dict, file: Path):
+    """curves.png: the log, a panel for each of PANELS that it has something of."""
+    log = record["log"]
+    named = UNSHOWN.union(*(lines for _, _, lines in PANELS))
+    new = [
+        (key, "", {key: ("", "C0o-")}) for key in dict.fromkeys(k for entry in log for k in entry) if key not in named
+    ]
+    panels = [panel for panel in PANELS + new if any(key in entry for entry in log[1:] or log for key in panel[2])]
+    fig, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(9, 2.8 * -(-len(panels) // 2)), layout="constrained")
+    for ax, (title, unit, lines) in zip(axes.flat, panels, strict=False):
+        for key, (label, style) in lines.items():
+            points = [(entry["epoch"], entry[key]) for entry in log if key in entry]
+            if style.endswith(":") and points:
+                ax.axhline(points[0][1], color="grey", ls=":", label=label)
+            elif points:
+                ax.plot(*zip(*points, strict=True), style, ms=3, label=label)
+        ax.set(title=title, ylabel=unit, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(lines) > 1:
+            ax.legend(fontsize=9)
+        if "loss" in lines:  # the untrained loss is far above the others
+            ax.set_ylim(0, 1.3 * max(entry[key] for entry in log[1:] or log for key in lines if key in entry))
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
     fig.savefig(file, dpi=110)
-    plt.close(fig)
 
 
 def draw(run: str | Path):
     """Draw all figures of a run folder."""
-    model, checkpoint = load_run(run)
+    model, record = load(run)
     run = Path(run)
-    draw_masks(checkpoint, model, run / "masks.png")
-    draw_gif(checkpoint, model, run / "masks.gif")
-    draw_reconstructions(checkpoint, model, run / "reconstructions.png")
-    draw_curves(checkpoint, run / "curves.png")
+    with plt.rc_context({"axes.prop_cycle": plt.cycler(color=CYCLE)}):
+        draw_masks(record, model, run / "masks.png")
+        draw_gif(record, model, run / "masks.gif")
+        draw_reconstructions(record, model, run / "reconstructions.png")
+        draw_curves(record, run / "curves.png")
+    plt.close("all")
     print(f"figures: {run / 'masks.png'}, masks.gif, reconstructions.png, curves.png")
+
+
+def fail(message: str):
+    """Stop with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """What a user can mend is told in one line, without a traceback, and with the place in the code that refused."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (OSError, ValueError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        fail(f"{' '.join(str(error).split())} ({Path(place.filename).name}:{place.lineno})")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        fail("out of memory: a smaller --batch-size needs less, and the learning rate follows by itself")
 
 
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder written by train.py")
-    draw(parser.parse_args(argv).run)
+    parser.error = fail
+    with one_line_errors():
+        draw(parser.parse_args(argv).run)
 
 
 if __name__ == "__main__":
