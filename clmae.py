@@ -14,6 +14,7 @@ MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every sta
 """
 
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -166,8 +167,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential()
-        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -200,8 +200,10 @@ class Encoder(nn.Module):
             raise ValueError(f"images {tuple(images.shape)} must be (B, {C}, {H}, {W})")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, K, D), with their positions, to normalised features (B, 1+K, D), CLS first."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Tokens x (B, L, D), or only those of them in ids (B, K), to normalised features (B, 1+K, D), CLS first."""
+        if ids is not None:
+            x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D): the others are never seen
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1+K, D)
         for block in self.blocks:
@@ -358,11 +360,6 @@ class CLMAE(nn.Module):
             pred = pred * std + mean
         return unpatchify(pred, self.config.patch_size, self.config.grid)
 
-    def fill_in(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Plain MAE: all patches (B, L, p*p*C), predicted from the tokens `ids` (B, K) of x (B, L, D)."""
-        visible = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D)
-        return self.decoder(self.encoder(visible), ids)
-
     def forward(self, images: Tensor, lam: Tensor | float = 0.0, generator: torch.Generator | None = None) -> Output:
         """One step of CL-MAE on standardised images (B, C, H, W).
 
@@ -389,7 +386,8 @@ class CLMAE(nn.Module):
         mask = (1 - hard) - lam * (soft - soft.detach())  # (B, L), 1 = masked
 
         # 4. Encode the visible tokens, decode all.
-        pred = self.fill_in(x, ids)  # (B, L, p*p*C)
+        z = self.encoder(x, ids)  # (B, 1+K, D)
+        pred = self.decoder(z, ids)  # (B, L, p*p*C)
 
         # 5. Reconstruction loss over the masked patches. MAE, Sec. 3. The second term is 0 in value and carries the
         #    masker's gradient: a masked patch is charged its own loss, less the mean over its image's masked patches.
@@ -407,7 +405,7 @@ class CLMAE(nn.Module):
         if (visible != visible[0]).any() or not 1 <= visible[0] < mask.shape[1]:
             raise ValueError(f"mask must leave the same number of patches visible, 1 to L - 1: {visible.tolist()}")
         ids = mask.float().argsort(dim=1, stable=True)[:, : visible[0]]  # (B, K)
-        return self.fill_in(self.encoder.embed(images), ids)
+        return self.decoder(self.encoder(self.encoder.embed(images), ids), ids)
 
     def mask_probability(self, scores: Tensor, samples: int = 1000) -> Tensor:
         """The chance (N, L) of every patch to be masked, given scores (N, L), by sampling."""
@@ -479,7 +477,9 @@ def tour():
     show("ids", ids, "the K patches that the encoder may see")
     show("hard", hard, "1 = visible, 0 = masked")
     show("soft", soft, "its differentiable stand-in")
-    show("pred", model.fill_in(x, ids), "every patch, predicted")
+    z = model.encoder(x, ids)
+    show("z", z, "features of CLS and the visible patches")
+    show("pred", model.decoder(z, ids), "every patch, predicted")
 
     print("\n2. The same step, with the same noise, at five lambdas: one loss, two gradients\n")
     print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of its last layer")

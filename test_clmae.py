@@ -699,7 +699,7 @@ def test_fine_tuning_learns_and_moves_the_first_layers_least(monkeypatch):
         return batches(args, data, model, optimizer, epoch)
 
     monkeypatch.setattr(train, "batches", batches)
-    assert train.finetune(model, data, arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2)) == 100
+    assert train.finetune(model, data, arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2, "--no-amp")) == 100
     scale = {id(p): group["lr_scale"] for group in optimizers[0].param_groups for p in group["params"]}
     encoder = model.encoder
     assert [scale[id(p)] for p in (encoder.norm.weight, encoder.blocks[1].attn.qkv.weight, encoder.cls_token)] == [
@@ -889,7 +889,7 @@ def test_compile_is_honoured(run, tmp_path, monkeypatch, no_figures):
 
 
 def test_biases_norms_and_tokens_have_no_weight_decay():
-    model, optimizer = train.build(arguments("--weight-decay", 0.3), (32, 32), "cpu")
+    model, optimizer = train.build(arguments("--weight-decay", 0.3, "--patch-size", 4), (32, 32), "cpu")
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         matrix = name.endswith("weight") and "norm" not in name
@@ -920,11 +920,10 @@ def shown(monkeypatch) -> list:
 
 def test_masks_are_drawn_epoch_by_epoch(run, tmp_path, shown):
     model, record = clmae.load(run)
-    visualize.draw_masks(record, model, tmp_path / "masks.png")
-    drawn = [args[1] for args in shown if len(args) > 1]
-    rows = len(drawn) // 3
+    visualize.draw_masks(record, model, tmp_path)
+    drawn = [args[1] for args in shown if len(args) > 1]  # six images, in the columns of masks.png, then in masks.gif
     expected = [model.mask_probability(scores).reshape(8, 8, 8) for scores in record["scores"]]
-    assert all(torch.equal(p, expected[i // rows][i % rows]) for i, p in enumerate(drawn))
+    assert len(drawn) == 2 * 3 * 6 and all(torch.equal(p, expected[i // 6 % 3][i % 6]) for i, p in enumerate(drawn))
     assert not torch.equal(expected[0], expected[2])
 
 
@@ -950,10 +949,26 @@ def test_curves_show_all_that_was_logged(tmp_path, monkeypatch):
     panels = {ax.get_title(): ax for ax in visualize.plt.gcf().axes}
     monkeypatch.undo()
     visualize.plt.close("all")
-    top = panels["reconstruction loss"].get_ylim()[1]
-    assert 0.8 < top < 1.3  # whatever their size; the untrained loss is far above. --no-norm-pix: above loss_trivial
-    assert [len(line.get_xdata()) for line in panels["reconstruction loss"].lines] == [2, 2, 2]
+    losses = panels["reconstruction loss"]
+    assert 0.8 < losses.get_ylim()[1] < 1.3  # the untrained loss is far above; --no-norm-pix: above loss_trivial
+    assert [len(line.get_xdata()) for line in losses.lines] == [2, 1, 2]
     assert panels["my_own_figure"].lines[0].get_ydata().tolist() == [3, 3, 3]
+
+
+def test_runs_are_compared_as_far_as_they_go(run, tmp_path, monkeypatch):
+    for name, log in (("a-0", [1.0, 0.9]), ("a-1", [1.0, 0.7, 0.6]), ("old", [1.0])):
+        record = weights(run)
+        record["options"] |= {"seed": len(log), "lr": 1.0 if name == "old" else 2.0}
+        record["log"] = [{"epoch": i, "hardness": value} for i, value in enumerate(log)]
+        (tmp_path / name).mkdir()
+        torch.save(record, tmp_path / name / "checkpoint.pt")
+    monkeypatch.setattr(visualize.plt, "close", lambda *figures: None)
+    visualize.main([str(tmp_path / name) for name in ("a-0", "a-1", "old")])
+    (ax,) = (ax for ax in visualize.plt.gcf().axes if ax.get_title().startswith("hardness"))
+    arm, old = ax.lines
+    assert list(arm.get_xdata()) == [0, 1, 2] and list(arm.get_ydata()) == pytest.approx([1, 0.8, 0.6])
+    assert list(old.get_ydata()) == [1] and "lr 2.0" in arm.get_label() and "2 seeds" in arm.get_label()
+    assert (tmp_path / "a-0" / "compare.png").stat().st_size > 10_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1047,7 +1062,7 @@ def test_an_existing_run_is_not_touched_unless_asked(run, tmp_path, capsys, no_f
 
 
 def test_a_resumed_run_keeps_its_options(run, capsys):
-    assert f"--patch-size 8: {run} has None" in run_fails(capsys, "--resume", run, "--patch-size", 8)
+    assert f"--patch-size 8: {run} has 4" in run_fails(capsys, "--resume", run, "--patch-size", 8)
     assert f"--epochs 9: {run} has 2" in run_fails(capsys, "--resume", run, "--epochs", 9)
 
 

@@ -51,7 +51,7 @@ FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "
 
 def train(args: argparse.Namespace, record: dict | None = None):
     """Train for args.epochs, from the start or on from a record of `load`, and draw the figures."""
-    device = pick_device(args.device)
+    device = pick_device(args)
     data = load_data(args, device)
     torch.manual_seed(args.seed)
     model, optimizer = build(args, data.train.shape[2:], device)
@@ -65,7 +65,7 @@ def train(args: argparse.Namespace, record: dict | None = None):
         for i, (_, images) in enumerate(bar := batches(args, data, model, optimizer, epoch)):  # (B, 3, H, W)
             progress = ((epoch - 1) * steps + i) / max(1, args.epochs * steps - 1)
             lam.fill_(curriculum_factor(progress, args.lambda_start, args.lambda_end))
-            with autocast(args.amp, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = step_model(images, lam).loss
             loss.backward()
             optimizer.step()
@@ -113,15 +113,19 @@ class Data(NamedTuple):
 def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> Data:
     """Read what --data names. Images without a held-out part give up the last tenth of a fixed shuffle."""
     held, wanted = args.holdout, args.images and args.images + args.holdout
-    if args.data == "shapes":
-        classes, size, n = SHAPES, args.image_size or (32, 32), wanted or 10_000 + held
-        train, val = shapes(n, size, seed=1), shapes(2_000, size, seed=2)
+    parts = [] if args.data == "shapes" else open_data(args.data, args.data_dir)
+    side = min(224, *parts[0][0][0].size) if parts else 32  # of the first image
+    side = min(args.image_size or [side])
+    args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
+    size = args.image_size or (side - side % args.patch_size,) * 2
+    if side < args.patch_size:
+        raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
+    if not parts:
+        classes, train, val = SHAPES, shapes(wanted or 10_000 + held, size, seed=1), shapes(2_000, size, seed=2)
     else:
-        parts = open_data(args.data, args.data_dir)
         classes = list(parts[0].classes)
         if differ := {*classes} ^ {*parts[-1].classes}:
             raise ValueError(f"the parts of {args.data} have different classes: {sorted(differ)[:5]}")
-        size = args.image_size or default_size(parts[0][0][0], args.patch_size)
         train = read_images(parts[0], size, wanted)
         val = read_images(parts[1], size) if len(parts) > 1 and not held else None
     if val is None or held:
@@ -246,20 +250,6 @@ def read_images(part, size: tuple[int, int], n: int | None = None) -> tuple[Tens
     return images, labels
 
 
-def default_patch(side: int) -> int:
-    """Pixels: 64 tokens for small images, ViT's 16 for large ones."""
-    return 4 if side < 64 else 8 if side < 128 else 16
-
-
-def default_size(image: Image.Image, patch_size: int | None) -> tuple[int, int]:
-    """A square as large as this image allows, at most 224 pixels, that patches divide."""
-    side = min(224, *image.size)
-    patch_size = patch_size or default_patch(side)
-    if side < patch_size:
-        raise ValueError(f"the first image is only {side} pixels wide or high, less than a patch; see --image-size")
-    return (side - side % patch_size,) * 2
-
-
 def batches(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.Optimizer, epoch: int) -> tqdm:
     """An epoch's batches: indices (B,) and standardised crops (B, 3, H, W); sets the learning rate for each of them."""
     N, B = len(data.train), args.batch_size
@@ -302,9 +292,9 @@ def augment(images: Tensor, min_crop: float) -> Tensor:
 
 def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device) -> tuple[CLMAE, torch.optim.AdamW]:
     """Model and optimiser for images of (H, W) pixels: one loss, one backward, one AdamW for the MAE and its masker."""
-    patch_size, kappa = args.patch_size or default_patch(min(size)), args.kappa if args.masking == "curriculum" else 0.0
-    own = {name: getattr(args, name) for name in ("mask_ratio", "tau", "norm_pix")} | MODELS[args.model]
-    model = CLMAE(Config(tuple(size), patch_size, kappa=kappa, **own)).to(device)
+    own = {name: getattr(args, name) for name in ("patch_size", "mask_ratio", "tau", "norm_pix")} | MODELS[args.model]
+    kappa = args.kappa if args.masking == "curriculum" else 0.0
+    model = CLMAE(Config(size, kappa=kappa, **own)).to(device)
     matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
     others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -317,7 +307,7 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
     if record is None:
         model.std[:], model.mean[:] = torch.std_mean(data.train[:5_000].float(), dim=(0, 2, 3), keepdim=True)
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "evaluation.json"):  # what --overwrite replaces
+        for name in ("checkpoint.pt", "evaluation.json", "step.png"):  # what --overwrite replaces
             (out / name).unlink(missing_ok=True)
     elif (N, c) != (record["N"], saved := Config(**record["config"])):
         raise ValueError(f"{args.data} has changed: {out} has {record['N']} images and {saved}, now {N} and {c}")
@@ -334,9 +324,9 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
     return (record["log"], record["scores"]) if record else ([], [])
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is."""
-    name = name or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+def pick_device(args: argparse.Namespace) -> torch.device:
+    """The device asked for, or the best there is. bfloat16 matmuls, --amp, are the default on CUDA only."""
+    name = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -344,12 +334,8 @@ def pick_device(name: str | None) -> torch.device:
     device = torch.device(name)
     if device.index:
         torch.get_device_module(device).set_device(device)  # for all that takes no device: memory, random state
+    args.amp = device.type == "cuda" if args.amp is None else args.amp
     return device
-
-
-def autocast(amp: bool | None, device: torch.device):
-    """bfloat16 for the matmuls if --amp, which is the default on CUDA only."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if amp is None else amp)
 
 
 def lr_factor(epoch: float, epochs: int, warmup: float) -> float:
@@ -417,25 +403,23 @@ def objects(scores: Tensor, where: Tensor, patch_size: int) -> float:
 
 
 @torch.no_grad()
-def in_chunks(encode, images: Tensor, device: torch.device) -> Tensor:
-    """What `encode` makes of uint8 images (n, 3, H, W), a few at a time: as many as a CPU's cache holds."""
-    return torch.cat([encode(x.to(device)) for x in images.split(64 if device.type == "cpu" else 1000)])
+def encode(f, images: Tensor, device: torch.device) -> Tensor:
+    """f of uint8 images (n, 3, H, W), a few at a time: as many as a CPU's cache holds."""
+    return torch.cat([f(x.to(device)) for x in images.split(64 if device.type == "cpu" else 1000)])
 
 
 def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
     """Features (N, D) and (M, D) of the training and the held-out images, each of the D z-scored on the former.
 
-    Without a model, the floor: the pixels, shrunk to 32 x 32 if larger, of at most 20,000 images.
+    Without a model, the floor: the pixels, shrunk to 32 x 32 if larger.
     """
-    small = [min(32, side) for side in data.val.shape[2:]]
+    device, small = data.train.device, [min(32, side) for side in data.train.shape[2:]]
 
-    def encode(images: Tensor) -> Tensor:
-        if model is None:
-            return F.adaptive_avg_pool2d(images.float(), small).flatten(1)
-        return model.features(model.standardise(images))
+    def f(images: Tensor) -> Tensor:
+        pixels = F.adaptive_avg_pool2d(images.float(), small).flatten(1)
+        return model.features(model.standardise(images)) if model else pixels
 
-    most, device = (None, model.mean.device) if model else (20_000, torch.device("cpu"))
-    train, val = (in_chunks(encode, images[:most], device) for images in (data.train, data.val))
+    train, val = (encode(f, images, model.mean.device if model else device) for images in (data.train, data.val))
     mean, std = train.mean(0), train.std(0) + 1e-6
     return (train - mean) / std, (val - mean) / std
 
@@ -443,8 +427,8 @@ def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
 def knn_accuracy(train: Tensor, val: Tensor, data: Data, k: int = 20) -> float:
     """Accuracy in % of k nearest neighbours by cosine of features (N, D), votes exp(cosine / 0.07)."""
     train, val = F.normalize(train), F.normalize(val)
-    labels, right = data.train_labels[: len(train)].to(train.device), 0
-    for z, label in zip(val.split(1000), data.val_labels[: len(val)].to(train.device).split(1000), strict=True):
+    labels, right = data.train_labels.to(train.device), 0
+    for z, label in zip(val.split(1000), data.val_labels.to(train.device).split(1000), strict=True):
         cosine, ids = (z @ train.T).topk(min(k, len(train)), dim=1)  # (1000, k)
         votes = torch.zeros(len(z), len(data.classes), device=z.device)
         votes.scatter_add_(1, labels[ids], (cosine / 0.07).exp())  # (1000, classes)
@@ -454,13 +438,14 @@ def knn_accuracy(train: Tensor, val: Tensor, data: Data, k: int = 20) -> float:
 
 def linear_probe(train: Tensor, val: Tensor, data: Data) -> float:
     """Accuracy in % of logistic regression on frozen features (N, D): full-batch L-BFGS, L2 penalty 1e-4."""
-    head, labels = nn.Linear(train.shape[1], len(data.classes)).to(train.device), data.train_labels[: len(train)]
+    labels = data.train_labels.to(train.device)
+    head = nn.Linear(train.shape[1], len(data.classes), device=train.device)
     nn.init.zeros_(head.weight)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(train), labels.to(train.device)) + 1e-4 * head.weight.square().sum()
+        loss = F.cross_entropy(head(train), labels) + 1e-4 * head.weight.square().sum()
         loss.backward()
         return loss
 
@@ -470,7 +455,7 @@ def linear_probe(train: Tensor, val: Tensor, data: Data) -> float:
 
 def accuracy(logits: Tensor, data: Data) -> float:
     """In %, of logits (M, classes) for the held-out images."""
-    return 100 * (logits.argmax(1).cpu() == data.val_labels[: len(logits)]).float().mean().item()
+    return 100 * (logits.argmax(1).cpu() == data.val_labels).float().mean().item()
 
 
 def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
@@ -491,7 +476,7 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
     labels = data.train_labels.to(data.train.device)
     for epoch in range(1, args.epochs + 1):
         for ids, images in batches(args, data, model, optimizer, epoch):
-            with autocast(args.amp, device):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = head(features(images))  # (B, classes)
             loss = F.cross_entropy(logits.float(), labels[ids].to(device), label_smoothing=0.1)
             loss.backward()
@@ -499,7 +484,7 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
             optimizer.zero_grad()
         if not loss.isfinite():
             raise ValueError(f"the loss of fine-tuning became {loss.item()} in epoch {epoch}; try a lower --lr")
-    return accuracy(in_chunks(lambda x: head(model.features(model.standardise(x))), data.val, device), data)
+    return accuracy(encode(lambda x: head(model.features(model.standardise(x))), data.val, device), data)
 
 
 def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
@@ -508,7 +493,7 @@ def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
         raise ValueError(f"--image-size {args.image_size}: {run} was trained on {model.config.image_size} pixels")
     file = Path(run) / "evaluation.json"
     results = json.loads(file.read_text()) if file.exists() else {}  # before the work: if it fails, nothing is lost
-    device = pick_device(args.device)
+    device = pick_device(args)
     data = load_data(args, device)
     if not data.classes:
         raise ValueError(f"an evaluation needs class labels; the images of {args.data} have none")
@@ -516,21 +501,18 @@ def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
     untrained = CLMAE(model.config)
     untrained.mean, untrained.std = model.mean, model.std
     encoders = {"pretrained": model.to(device), "random_init": untrained.to(device)}
-    told = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
-
-    def tell(what: str, name: str, value: float):
-        results.setdefault(what, {}).update(told | {name: value})
-        print(f"{what}, {name}: {value:.2f} %", flush=True)
-
-    if args.finetune:
-        told["finetune_epochs"] = args.epochs
-        for name, encoder in encoders.items():
-            tell("finetune", name, finetune(encoder, data, args))
-    else:
-        for name, encoder in {**encoders, "pixels": None}.items():
-            train, val = vectors(encoder, data)
-            tell("knn", name, knn_accuracy(train, val, data))
-            tell("linear_probe", name, linear_probe(train, val, data))
+    encoders |= {} if args.finetune else {"pixels": None}
+    on = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
+    for name, model in encoders.items():
+        if args.finetune:
+            on["finetune_epochs"] = args.epochs
+            found = {"finetune": finetune(model, data, args)}
+        else:
+            both = vectors(model, data)
+            found = {"knn": knn_accuracy(*both, data), "linear_probe": linear_probe(*both, data)}
+        for what, value in found.items():
+            results.setdefault(what, {}).update(on | {name: value})
+            print(f"{what}, {name}: {value:.2f} %", flush=True)
     replace(file, (json.dumps(results, indent=2) + "\n").encode())
     print(f"written to {file}")
 
@@ -569,42 +551,43 @@ def replace(file: Path, content: bytes):
 
 
 def benchmark(args: argparse.Namespace, repeats: int = 20):
-    """--benchmark: time steps of plain MAE and of CL-MAE in turns, with the making of a batch and without."""
+    """--benchmark: time steps of plain MAE and of CL-MAE in turns, a new batch each."""
     from torch.utils.benchmark import Timer  # slow to import
 
-    device, size, B = pick_device(args.device), args.image_size or (32, 32), args.batch_size
-    images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
-    lam, rows = torch.tensor(-0.5, device=device), {}  # name: (timer of a step, its operations, seconds)
-    for masking in ("random", "curriculum"):
-        model, optimizer = build(argparse.Namespace(**vars(args) | {"masking": masking}), size, device)
+    device, size, B = pick_device(args), args.image_size or (32, 32), args.batch_size
+    args.patch_size = args.patch_size or 4
+    images, lam = (
+        torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device),
+        torch.tensor(-0.5, device=device),
+    )
+    timers, flops, seconds = {}, {}, {"random": [], "curriculum": []}
+    for args.masking in seconds:
+        model, optimizer = build(args, size, device)
 
-        def step(forward, fixed: Tensor | None = None, model=model, optimizer=optimizer):
-            x = augment(model.standardise(images), args.min_crop) if fixed is None else fixed
-            with autocast(args.amp, device):
+        def step(forward, model=model, optimizer=optimizer):
+            x = augment(model.standardise(images), args.min_crop)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = forward(x, lam).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        with FlopCounterMode(display=False) as counter:  # of a model that is not compiled
+        with FlopCounterMode(display=False) as counter:
             step(model)
-        forward = torch.compile(model) if args.compile else model
-        for name, x in ((masking, model.standardise(images)), (f"{masking}, new batches", None)):
-            used = {"step": step, "forward": forward, "x": x}
-            timer = Timer("step(forward, x)", globals=used, num_threads=torch.get_num_threads())
-            rows[name] = timer, counter.get_total_flops(), []
+        flops[args.masking] = counter.get_total_flops()
+        used = {"step": step, "forward": torch.compile(model) if args.compile else model}
+        timers[args.masking] = Timer("step(forward)", globals=used, num_threads=torch.get_num_threads())
     for _ in range(repeats):
-        for timer, _, seconds in rows.values():
-            seconds.append(timer.timeit(1 if device.type == "cpu" else 10).mean)
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(1 if device.type == "cpu" else 10).mean)
     print(f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}")
-    print(f"{'':24}ms (median)   against random (quartiles)  images/s   TFLOP/s")
-    for name, (_, flops, seconds) in rows.items():
-        t, base = torch.tensor(seconds), torch.tensor(rows["random"][2])
+    print("             ms (median)  against random (quartiles)  images/s  TFLOP/s")
+    base = torch.tensor(seconds["random"])
+    for name, values in seconds.items():
+        t = torch.tensor(values)
         low, middle, high = (t / base).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        s = t.median().item()
-        print(
-            f"{name:24}{1000 * s:11.2f}   {middle:.3f} ({low:.3f} to {high:.3f}){B / s:14.0f}{flops / s / 1e12:10.2f}"
-        )
+        ms, speed = 1000 * t.median().item(), flops[name] / t.median().item() / 1e12
+        print(f"{name:12}{ms:12.2f}  {middle:.3f} ({low:.3f} to {high:.3f}){1000 * B / ms:15.0f}{speed:9.2f}")
     if device.type == "cuda":
         print(f"peak memory, both models: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
@@ -698,7 +681,8 @@ def main(argv: list[str] | None = None):
             return benchmark(argparse.Namespace(**defaults | given))
         if "evaluate" in given or "finetune" in given:
             model, record = load(run := given.get("evaluate", given.get("finetune")))
-            own = {"device": None, "image_size": model.config.image_size} | (FINETUNE if "finetune" in given else {})
+            own = {"device": None, "amp": None, "image_size": model.config.image_size}
+            own |= FINETUNE if "finetune" in given else {}
             return evaluate(run, model, record, argparse.Namespace(**defaults | record["options"] | own | given))
         if "resume" in given:
             record = load(run := given["resume"])[1]
