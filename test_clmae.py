@@ -920,7 +920,8 @@ def shown(monkeypatch) -> list:
 
 def test_masks_are_drawn_epoch_by_epoch(run, tmp_path, shown):
     model, record = clmae.load(run)
-    visualize.draw_masks(record, model, tmp_path)
+    visualize.draw_masks(record, model, tmp_path / "masks.png")
+    visualize.draw_gif(record, model, tmp_path / "masks.gif")
     drawn = [args[1] for args in shown if len(args) > 1]  # six images, in the columns of masks.png, then in masks.gif
     expected = [model.mask_probability(scores).reshape(8, 8, 8) for scores in record["scores"]]
     assert len(drawn) == 2 * 3 * 6 and all(torch.equal(p, expected[i // 6 % 3][i % 6]) for i, p in enumerate(drawn))
@@ -951,7 +952,7 @@ def test_curves_show_all_that_was_logged(tmp_path, monkeypatch):
     visualize.plt.close("all")
     losses = panels["reconstruction loss"]
     assert 0.8 < losses.get_ylim()[1] < 1.3  # the untrained loss is far above; --no-norm-pix: above loss_trivial
-    assert [len(line.get_xdata()) for line in losses.lines] == [2, 1, 2]
+    assert [len(line.get_xdata()) for line in losses.lines] == [2, 2, 2]
     assert panels["my_own_figure"].lines[0].get_ydata().tolist() == [3, 3, 3]
 
 
