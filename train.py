@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -114,12 +115,11 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     """Read what --data names. Images without a held-out part give up the last tenth of a fixed shuffle."""
     held, wanted = args.holdout, args.images and args.images + args.holdout
     parts = [] if args.data == "shapes" else open_data(args.data, args.data_dir)
-    side = min(224, *parts[0][0][0].size) if parts else 32  # of the first image
-    side = min(args.image_size or [side])
+    side = min(args.image_size or ((224, *parts[0][0][0].size) if parts else (32,)))  # of the first image
     args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
-    size = args.image_size or (side - side % args.patch_size,) * 2
     if side < args.patch_size:
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
+    size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else (32, 32))
     if not parts:
         classes, train, val = SHAPES, shapes(wanted or 10_000 + held, size, seed=1), shapes(2_000, size, seed=2)
     else:
@@ -295,10 +295,15 @@ def build(args: argparse.Namespace, size: tuple[int, int], device: torch.device)
     own = {name: getattr(args, name) for name in ("patch_size", "mask_ratio", "tau", "norm_pix")} | MODELS[args.model]
     kappa = args.kappa if args.masking == "curriculum" else 0.0
     model = CLMAE(Config(size, kappa=kappa, **own)).to(device)
-    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
-    others = [p for p in model.parameters() if p.ndim not in (2, 4)]  # biases, norms, tokens: no weight decay
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return model, torch.optim.AdamW(decayed(model.parameters(), args.weight_decay), betas=(0.9, 0.95), fused=True)
+
+
+def decayed(parameters: Iterable[Tensor], weight_decay: float, **more) -> list[dict]:
+    """Groups for AdamW: matrices have weight decay; biases, norms and tokens have none. MAE, appendix A."""
+    matrices, others = [], []
+    for p in parameters:
+        (matrices if p.ndim in (2, 4) else others).append(p)
+    return [{"params": matrices, "weight_decay": weight_decay, **more}, {"params": others, "weight_decay": 0.0, **more}]
 
 
 def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.Optimizer, record: dict | None):
@@ -306,6 +311,7 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
     c, (N, _, H, W), out = model.config, data.train.shape, Path(args.out)
     if record is None:
         model.std[:], model.mean[:] = torch.std_mean(data.train[:5_000].float(), dim=(0, 2, 3), keepdim=True)
+        model.std.clamp_(min=1)  # of images of one colour
         out.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoint.pt", "evaluation.json", "step.png"):  # what --overwrite replaces
             (out / name).unlink(missing_ok=True)
@@ -467,11 +473,11 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
     head = nn.Linear(model.config.dim, len(data.classes), device=device)
     nn.init.trunc_normal_(head.weight, std=0.02)
     stages = [[encoder.norm, head], *([block] for block in reversed(encoder.blocks)), [encoder.patch_embed]]
-    groups = [{"params": [p for part in stage for p in part.parameters()]} for stage in stages]
-    for depth, group in enumerate(groups):
-        group["lr_scale"] = 0.75**depth
-    groups[-1]["params"].append(encoder.cls_token)
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    groups = decayed([encoder.cls_token], args.weight_decay, lr_scale=0.75 ** (len(stages) - 1))
+    for depth, stage in enumerate(stages):
+        parameters = [p for part in stage for p in part.parameters()]
+        groups += decayed(parameters, args.weight_decay, lr_scale=0.75**depth)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     features = torch.compile(model.features) if args.compile else model.features
     labels = data.train_labels.to(data.train.device)
     for epoch in range(1, args.epochs + 1):
@@ -491,6 +497,10 @@ def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
     """--evaluate, or --finetune: a run's encoder, and beside it the floors."""
     if args.image_size != model.config.image_size:
         raise ValueError(f"--image-size {args.image_size}: {run} was trained on {model.config.image_size} pixels")
+    if args.holdout != record["options"]["holdout"]:
+        raise ValueError(
+            f"--holdout {args.holdout}: {run} may have been trained on them; it has {record['options']['holdout']}"
+        )
     file = Path(run) / "evaluation.json"
     results = json.loads(file.read_text()) if file.exists() else {}  # before the work: if it fails, nothing is lost
     device = pick_device(args)
