@@ -8,8 +8,9 @@ from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide
                             |                 ^
                             +-> Masker -> scores -> gumbel_top_k
 
-Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width, lam the factor lambda,
-a the masker's raw scores, s = scores (low = hide), y = s + Gumbel noise, mask 1 = masked and 0 = visible.
+Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width, lam the factor lambda. Of a patch:
+a raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible, soft its differentiable stand-in,
+mask 1 - hard in value, patch_loss its error. ids are the K visible patches.
 MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
 """
 
@@ -43,7 +44,7 @@ class Config:
     mask_ratio: float = 0.75  # fraction of the patches that is hidden; K = round(L (1 - mask_ratio))
     kappa: float = 2.0  # how far masks may depart from random ones, see CLMAE.forward. 0: no masker, plain MAE
     tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
-    norm_pix: bool = True  # predict patches standardised each by itself instead of pixels
+    norm_pix: bool = True  # predict each patch standardised by its own mean and std, not raw pixels
 
     def __post_init__(self):
         size = self.image_size
@@ -75,12 +76,12 @@ class Config:
 
     @property
     def patches(self) -> int:
-        """L."""
+        """Number of patches, L."""
         return self.grid[0] * self.grid[1]
 
     @property
     def visible(self) -> int:
-        """K."""
+        """Number of visible patches, K."""
         return round(self.patches * (1 - self.mask_ratio))
 
 
@@ -155,7 +156,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k / sqrt(d)) v, (B, heads, N, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, (B, heads, N, d)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
 
@@ -181,7 +182,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ViT over the visible tokens only. MAE, Sec. 3. `state_dict()` loads into a timm VisionTransformer as it is.
 
-    CLS is an extra token that no loss and no feature uses; it is there because timm's and MAE's layout have it.
+    CLS is an extra token that the others attend to. Its own output is unused: it is there for timm's and MAE's layout.
     """
 
     def __init__(self, c: Config):
@@ -201,7 +202,7 @@ class Encoder(nn.Module):
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens x (B, L, D), or only those of them in ids (B, K), to normalised features (B, 1+K, D), CLS first."""
+        """Normalised features, CLS first, of the tokens ids (B, K) of x (B, L, D): (B, 1+K, D). Without ids, of all."""
         if ids is not None:
             x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D): the others are never seen
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
@@ -242,8 +243,8 @@ class Decoder(nn.Module):
 class Masker(nn.Module):
     """Look at all tokens x (B, L, D) and give each a raw score a (B, L), low = hide. CL-MAE, Sec. 3.
 
-    The scores of each image have mean 0 and std 1. Left free they would grow until the noise of `gumbel_top_k` drowns
-    and the masks freeze.
+    The scores of each image have mean 0 and std 1: left free they would outgrow the noise of `gumbel_top_k`, and the
+    masks would freeze.
     """
 
     def __init__(self, c: Config):
@@ -279,14 +280,14 @@ def gumbel_top_k(
 
     scores: s, (B, L). tau: temperature of the relaxation, in units of the scores.
     Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in [0, 1], its
-    differentiable stand-in: how far y = scores + noise lies above the threshold between in and out.
+    differentiable stand-in: the sigmoid of how far y = scores + noise lies above the threshold theta, over tau.
     """
     if not 1 <= k < scores.shape[1]:
         raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
     y = scores + gumbel_noise(scores, generator)  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
     theta = top[:, k - 1 :].mean(1, keepdim=True)  # (B, 1), midway between the last in and the first out
-    theta = theta.detach()  # the gradient of a token is its own, not that of the two at the border
+    theta = theta.detach()  # made of two tokens, which would get the gradient of all
     ids = ids[:, :k]
     hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
@@ -296,7 +297,7 @@ def gumbel_top_k(
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
     """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
 
-    CL-MAE, Sec. 3: it multiplies the masker's loss, and not the MAE's.
+    CL-MAE, Sec. 3: it multiplies the masker's loss there, its gradient here, and never the MAE's.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} must be between 0 and 1")
@@ -321,14 +322,14 @@ class CLMAE(nn.Module):
         self.config = config
         self.register_buffer("mean", torch.full((config.channels, 1, 1), 127.5))  # of the training set, 0 to 255
         self.register_buffer("std", torch.full((config.channels, 1, 1), 127.5))
-        self.encoder = Encoder(config).apply(init)
-        self.decoder = Decoder(config).apply(init)
+        self.encoder = Encoder(config).apply(init_weights)
+        self.decoder = Decoder(config).apply(init_weights)
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))  # as the matmul that it is
         nn.init.zeros_(self.encoder.patch_embed.proj.bias)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
-        with torch.random.fork_rng(devices=[]):  # a seed gives the same MAE, and what follows, with a masker or without
-            self.masker = Masker(config).apply(init) if config.kappa > 0 else None
+        with torch.random.fork_rng(devices=[]):  # a seed draws the same with a masker and without
+            self.masker = Masker(config).apply(init_weights) if config.kappa > 0 else None
 
     def standardise(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) of values 0 to 255, as stored, to what the model reads: mean 0 and std 1 a channel."""
@@ -351,7 +352,7 @@ class CLMAE(nn.Module):
         return patches
 
     def reconstruct(self, pred: Tensor, images: Tensor) -> Tensor:
-        """Undo `target`: predicted patches (B, L, p*p*C) to images (B, C, H, W).
+        """Undo `target`: predicted patches (B, L, p*p*C) to standardised images (B, C, H, W).
 
         norm_pix predicts neither brightness nor contrast of a patch: both are taken from the true images (B, C, H, W).
         """
@@ -369,20 +370,21 @@ class CLMAE(nn.Module):
         c = self.config
         x = self.encoder.embed(images)  # (B, L, D)
 
-        # 1. The masker scores every token. detach: it must not teach the patch embedding. Half of the scores, those
-        #    below the image's mean, hide a token more often than chance; none shows one more often than the rest.
-        #    |lam|: an optimiser like AdamW divides the size of a gradient out, and with it that of lam. So lam sets how
-        #    strong the masks are as well.
+        # 1. The masker scores every token. detach: it must not teach the patch embedding. Where a < 0, in about half of
+        #    the tokens, one is hidden more often than the rest. Where a > 0 the clamp stops value and gradient: none is
+        #    shown on purpose. |lam|: AdamW divides the size of a gradient out, and with it that of lam. So lam also
+        #    scales the scores, and with them how far masks depart from random ones.
         scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
         if self.masker is not None:
-            scores = c.kappa * abs(lam) * self.masker(x.detach()).clamp(max=0)  # (B, L)
+            a = self.masker(x.detach())  # (B, L)
+            scores = c.kappa * abs(lam) * a.clamp(max=0)  # (B, L)
 
         # 2. Sample the K visible tokens.
         ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
 
-        # 3. The curriculum. Sampling has no gradient; that of `soft` stands in for it (straight-through), times lam:
-        #    soft - soft.detach() is 0 in value and has the gradient of soft. So the value of the mask, the loss and the
-        #    MAE's gradient do not depend on this factor, and the masker's gradient is multiplied by it.
+        # 3. The curriculum. Sampling has no gradient; that of `soft` stands in for it (straight-through), times lam.
+        #    soft - soft.detach() is 0 in value: here lam changes neither the loss nor the MAE's gradient. It changes
+        #    them only through the tokens that step 2 drew.
         mask = (1 - hard) - lam * (soft - soft.detach())  # (B, L), 1 = masked
 
         # 4. Encode the visible tokens, decode all.
@@ -390,21 +392,21 @@ class CLMAE(nn.Module):
         pred = self.decoder(z, ids)  # (B, L, p*p*C)
 
         # 5. Reconstruction loss over the masked patches. MAE, Sec. 3. The second term is 0 in value and carries the
-        #    masker's gradient: a masked patch is charged its own loss, less the mean over its image's masked patches.
+        #    masker's gradient: a masked patch costs its own loss, less the mean over its image's masked patches.
         #    K is fixed, so to show one is to hide another, and only differences count.
         patch_loss = (pred.float() - self.target(images)).square().mean(-1)  # (B, L)
-        masked = c.patches - c.visible  # L - K
-        image_loss = (patch_loss * (1 - hard)).sum(1, keepdim=True) / masked  # (B, 1)
+        hidden = c.patches - c.visible  # L - K
+        image_loss = (patch_loss * (1 - hard)).sum(1, keepdim=True) / hidden  # (B, 1)
         cost = ((patch_loss - image_loss) * (1 - hard)).detach()  # (B, L)
-        loss = image_loss.mean() + (cost * (mask - mask.detach())).sum(1).mean() / masked
+        loss = image_loss.mean() + (cost * (mask - mask.detach())).sum(1).mean() / hidden
         return Output(loss, pred, mask, scores, patch_loss)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """All patches (B, L, p*p*C) under a mask (B, L) of your own, 1 = masked, the same number in each image."""
-        visible = (mask == 0).sum(1)  # (B,)
-        if (visible != visible[0]).any() or not 1 <= visible[0] < mask.shape[1]:
-            raise ValueError(f"mask must leave the same number of patches visible, 1 to L - 1: {visible.tolist()}")
-        ids = mask.float().argsort(dim=1, stable=True)[:, : visible[0]]  # (B, K)
+        shown = (mask == 0).sum(1)  # (B,)
+        if (shown != shown[0]).any() or not 1 <= shown[0] < mask.shape[1]:
+            raise ValueError(f"mask must leave the same number of patches visible, 1 to L - 1: {shown.tolist()}")
+        ids = mask.float().argsort(dim=1, stable=True)[:, : shown[0]]  # (B, K)
         return self.decoder(self.encoder(self.encoder.embed(images), ids), ids)
 
     def mask_probability(self, scores: Tensor, samples: int = 1000) -> Tensor:
@@ -415,8 +417,8 @@ class CLMAE(nn.Module):
         return 1 - hard.reshape(samples, *scores.shape).mean(0)
 
 
-def init(module: nn.Module):
-    """Xavier weights for linear layers, no bias. MAE, appendix A.1."""
+def init_weights(module: nn.Module):
+    """Xavier weights and zero biases for a linear layer. MAE, appendix A.1."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -436,7 +438,7 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
     """
     file = Path(run) / "checkpoint.pt"
     if not file.is_file():
-        raise ValueError(f"{run} is no run: it has no checkpoint.pt")
+        raise ValueError(f"{run or 'an empty path'} is no run: it has no checkpoint.pt")
     try:
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # torch.load reads past a flipped bit
@@ -504,8 +506,9 @@ def tour():
         pushes = f"{push[1.0][i]:+20.2f}{push[-1.0][i]:+20.2f}"
         print(f"{i:5d}{a[0, i]:+8.2f}{scores[0, i]:+10.2f}{soft[0, i]:7.2f}   {state}{pushes}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print("\npush = -1000 dL/ds, where descent moves the score. A masked patch with a loss above the mean,")
-    print(f"{mean:.3f}, is shown more often by the partner (+1) and hidden more often by the adversary (-1).")
+    print("\npush = -1000 dL/ds, where descent moves the score; where a > 0 the clamp stops it before the masker.")
+    print(f"A masked patch with a loss above the mean, {mean:.3f}, is shown more often by the partner (+1)")
+    print("and hidden more often by the adversary (-1).")
 
 
 if __name__ == "__main__":

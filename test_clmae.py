@@ -495,7 +495,7 @@ def test_the_figures_are_of_held_out_images_under_the_same_noise():
     figures, scores = train.measure(model, data, torch.tensor(-0.5), first=True, knn=True)
     held_out = model.standardise(images[20:])
     random, learned = (model(held_out, lam, generator()) for lam in (0.0, -0.5))
-    assert figures["loss_random"] == random.loss.item() and torch.equal(scores, learned.scores)
+    assert figures["loss_random"] == pytest.approx(random.loss.item()) and torch.equal(scores, learned.scores)
     assert figures["hardness"] == pytest.approx((learned.loss / random.loss).item())
     assert figures["objects"] == train.objects(learned.scores, where[20:], 4)
     assert figures["objects_contrast"] == train.objects(-patchify(held_out, 4).std(-1), where[20:], 4)
@@ -952,11 +952,10 @@ def test_the_push_in_step_png_is_where_descent_moves_the_score(run, tmp_path, mo
     monkeypatch.setattr(visualize, "show_values", lambda ax, *args: seen.append(args[0]) or show(ax, *args))
     model, record = clmae.load(run)
     visualize.draw_step(record, model, tmp_path / "step.png")
-    _, y, loss, push = seen[2:6]  # of lambda = +1
-    assert ((push > 0) == (loss > loss.nanmean()))[push.isfinite()].all()
-    assert push.isfinite().sum() == 48 and y.flatten().topk(16).indices.sort()[0].equal(
-        push.flatten().isnan().nonzero()[:, 0]
-    )
+    a, (_, y, loss, push) = seen[0], seen[2:6]  # of lambda = +1
+    assert ((push > 0) == (loss > loss.nanmean()))[push.isfinite()].all() and push.isfinite().sum() > 5
+    assert torch.equal(push.isfinite(), loss.isfinite() & (a <= 0))  # what reaches the masker
+    assert torch.equal(y.flatten().topk(16).indices.sort()[0], loss.flatten().isnan().nonzero()[:, 0])
 
 
 def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_path, shown):
@@ -1049,6 +1048,14 @@ def test_wrong_options_are_named(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in run_fails(capsys, *options(), *words)
     assert not list(tmp_path.rglob("*"))  # nothing was written
+
+
+def test_a_poor_terminal_does_not_stop_a_command(run, tmp_path):
+    shutil.copytree(run, tmp_path / "ünïcode")
+    command = f"{sys.executable} {ROOT}/train.py --resume ünïcode 2>&-"  # a closed stderr, no letters but ASCII
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    printed = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert b"figures in \\xfcn\\xefcode" in printed.stdout
 
 
 def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):

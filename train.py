@@ -367,7 +367,8 @@ def measure(model: CLMAE, data: Data, lam: Tensor | float, first: bool, knn: boo
     """
     images, p = model.standardise(data.val[:500].to(model.mean.device)), model.config.patch_size
     random, learned = (model(images, x, torch.Generator(images.device).manual_seed(0)) for x in (0.0, lam))
-    figures = {"loss_random": random.loss.item(), "hardness": (learned.loss / random.loss).item()}
+    losses = [((o.patch_loss * o.mask).sum() / o.mask.sum()).item() for o in (random, learned)]
+    figures = {"loss_random": losses[0], "hardness": losses[1] / losses[0]}
     if not math.isfinite(figures["loss_random"]):
         raise ValueError("the model is no longer finite after the last step of the epoch; try a lower --lr")
     if model.masker:

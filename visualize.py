@@ -5,6 +5,7 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -95,12 +96,19 @@ def draw_step(record: dict, model: CLMAE, file: Path):
         for column, picture in zip(ax[2:4], seen_and_filled(model, raw, output), strict=True):
             show(column, picture[0])
         show_values(ax[4], loss.reshape(grid), loss.nanmean().item(), "PuOr_r")
-        show_values(ax[5], -1000 * output.scores.grad.masked_fill(visible, torch.nan).reshape(grid))
+        push = -1000 * output.scores.grad.masked_fill(visible | (a > 0), torch.nan)  # the clamp stops it where a > 0
+        show_values(ax[5], push.reshape(grid))
         ax[0].set_ylabel(f"$\\lambda$ = {lam}\n{role}", fontsize=14, color=COLOURS[role])
         ax[4].set_xlabel(f"mean {loss.nanmean():.2f}", fontsize=13)
         ax[5].set_xlabel(effect, fontsize=13, color=COLOURS[role])
     titles = ["image", "s =\n$\\kappa$ |$\\lambda$| min(a, 0)", "y =\ns + noise", "visible =\nK largest y"]
-    titles += ["pred,\nif masked", "patch_loss,\nif masked", "push =\n$-$1000 dL/ds", "a (low = hide)", "Gumbel noise"]
+    titles += [
+        "pred,\nif masked",
+        "patch_loss,\nif masked",
+        "push, a < 0:\n$-$1000 dL/ds",
+        "a (low = hide)",
+        "Gumbel noise",
+    ]
     for ax, title in zip([*axes[0], *axes[1:, 0]], titles, strict=True):
         ax.set_title(title, fontsize=14)
     note = "Orange: a patch with a loss above the mean. The partner pushes its score up (blue),\n"
@@ -247,6 +255,8 @@ def fail(message: str):
 @contextmanager
 def one_line_errors():
     """What a user can mend is told in one line, without a traceback, and with the place in the code that refused."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a path
     try:
         yield
     except KeyboardInterrupt:
