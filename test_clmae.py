@@ -1221,7 +1221,7 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch):
         {"train.py": train.main, "visualize.py": visualize.main, "clmae.py": lambda words: clmae.tour()}[script](words)
 
 
-def test_the_readmes_notebook_lines_give_features(run, tmp_path, monkeypatch):
+def test_the_readmes_notebook_and_timm_lines_give_features(run, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)

@@ -102,13 +102,8 @@ def draw_step(record: dict, model: CLMAE, file: Path):
         ax[4].set_xlabel(f"mean {loss.nanmean():.2f}", fontsize=13)
         ax[5].set_xlabel(effect, fontsize=13, color=COLOURS[role])
     titles = ["image", "s =\n$\\kappa$ |$\\lambda$| min(a, 0)", "y =\ns + noise", "visible =\nK largest y"]
-    titles += [
-        "pred,\nif masked",
-        "patch_loss,\nif masked",
-        "push, a < 0:\n$-$1000 dL/ds",
-        "a (low = hide)",
-        "Gumbel noise",
-    ]
+    titles += ["pred,\nif masked", "patch_loss,\nif masked", "push, a < 0:\n$-$1000 dL/ds"]
+    titles += ["a (low = hide)", "Gumbel noise"]
     for ax, title in zip([*axes[0], *axes[1:, 0]], titles, strict=True):
         ax.set_title(title, fontsize=14)
     note = "Orange: a patch with a loss above the mean. The partner pushes its score up (blue),\n"
@@ -156,7 +151,6 @@ def draw_gif(record: dict, model: CLMAE, file: Path, most: int = 40):
             gif.grab_frame()
 
 
-@torch.inference_mode()
 def draw_reconstructions(record: dict, model: CLMAE, file: Path, rows: int = 4):
     """reconstructions.png: what the MAE sees and makes of it, under random and under learned masks."""
     raw = record["images"][:rows]
