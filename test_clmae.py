@@ -1166,6 +1166,7 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch):
     for split, label in itertools.product(("train", "test"), range(3)):
         save_images(tmp_path / "cifar10" / split / str(label), 24, size=(32, 32))
     save_images(tmp_path / "path" / "to" / "photos", 80, size=(70, 50))
+    shutil.copytree(run, tmp_path / "runs" / "shapes")  # the command of the README's Start made it
     draw = visualize.draw
     monkeypatch.setattr(train.benchmark, "__defaults__", (1,))  # repeats
     for command in dict.fromkeys(commands):
