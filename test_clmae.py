@@ -793,7 +793,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", *options("--out", out, "--epochs", 500)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(  # a test run in the background may hand on that Ctrl-C is ignored
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.time() + 120
     while not (out / "checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.2)
