@@ -9,7 +9,7 @@ from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide
                             +-> Masker -> scores -> gumbel_top_k
 
 Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width, lam the factor lambda. Of a patch:
-a raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible, soft its differentiable stand-in,
+a the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible, soft its differentiable stand-in,
 mask 1 - hard in value, patch_loss its error. ids are the K visible patches.
 MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
 """
@@ -182,7 +182,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """ViT over the visible tokens only. MAE, Sec. 3. `state_dict()` loads into a timm VisionTransformer as it is.
 
-    CLS is an extra token that the others attend to. Its own output is unused: it is there for timm's and MAE's layout.
+    CLS is there for timm's and MAE's layout: the other tokens attend to it, no loss and no feature is taken from it.
     """
 
     def __init__(self, c: Config):
