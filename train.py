@@ -423,8 +423,9 @@ def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
     device, small = data.train.device, [min(32, side) for side in data.train.shape[2:]]
 
     def f(images: Tensor) -> Tensor:
-        pixels = F.adaptive_avg_pool2d(images.float(), small).flatten(1)
-        return model.features(model.standardise(images)) if model else pixels
+        if model is None:
+            return F.adaptive_avg_pool2d(images.float(), small).flatten(1)
+        return model.features(model.standardise(images))
 
     train, val = (encode(f, images, model.mean.device if model else device) for images in (data.train, data.val))
     mean, std = train.mean(0), train.std(0) + 1e-6
