@@ -483,9 +483,7 @@ def save_images(folder: Path, n: int, mode: str = "RGB", size: tuple[int, int] =
 
 
 def arguments(*words) -> train.argparse.Namespace:
-    parser, defaults = train.build_parser()
-    given = vars(parser.parse_args([str(w) for w in ("--batch-size", 1, *words)]))
-    return train.argparse.Namespace(**defaults | given)
+    return train.build_parser().parse_args([str(w) for w in ("--batch-size", 1, *words)])
 
 
 def fit(path: Path, size: tuple[int, int]) -> torch.Tensor:
@@ -552,7 +550,7 @@ def test_a_folder_of_any_images_becomes_one_tensor(tmp_path):
     save_images(tmp_path / "mixed", 20, "RGB", (19, 33))
     (tmp_path / "mixed" / "._thumb.png").write_text("not an image: hidden")
     (tmp_path / "mixed" / ".cache").mkdir()
-    data = train.load_data(arguments("--data", tmp_path / "mixed", "--image-size", 16, 16))
+    data = train.load_data(arguments("--data", tmp_path / "mixed", "--image-size", 16))
     assert data.train.shape == (31, 3, 16, 16) and data.val.shape == (3, 3, 16, 16) and data.classes == []
     assert data.train.float().flatten(1).std(1).min() > 5  # none is blank
     assert (data.train_labels == -1).all()
@@ -984,7 +982,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--patch-size", 5], "patch_size 5 must divide the image size 32 x 32"),
+        (["--image-size", 32, "--patch-size", 5], "patch_size 5 must divide the image size 32 x 32"),
         (["--mask-ratio", 0.999], "mask_ratio 0.999 leaves 0 of 64 patches visible"),
         (["--mask-ratio", 0], "mask_ratio 0.0 leaves 64 of 64"),
         (["--mask-ratio", 1.5], "1.5 is not between 0 and 1"),
@@ -995,7 +993,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
         (["--lambda-start", 2], "2 is not between -1 and 1"),
         (["--lr", "nan"], "nan is not between 0 and inf"),
         (["--lr", "inf"], "inf is not between 0 and inf"),
-        (["--image-size", 8, 8, 8], "--image-size 8 8 8: one or two numbers"),
+        (["--image-size", "8x8x8"], "argument --image-size: invalid pixels value: '8x8x8'"),
         (["--model", "huge"], "'huge' (choose from"),
         (["--device", "tpu"], "--device tpu cannot be used"),
         (["--images", 10**11], "memory"),
@@ -1074,7 +1072,7 @@ def test_a_resumed_run_keeps_its_options(run, capsys):
 def test_a_run_is_not_resumed_or_evaluated_on_other_images(run, tmp_path, capsys):
     save_images(tmp_path / "other", 100, size=(32, 32))
     assert f"{tmp_path / 'other'} has changed" in run_fails(capsys, "--resume", run, "--data", tmp_path / "other")
-    assert f"{run} was trained on (32, 32) pixels" in run_fails(capsys, "--evaluate", run, "--image-size", 16)
+    assert f"--image-size (16, 16): {run} has (32, 32)" in run_fails(capsys, "--evaluate", run, "--image-size", 16)
     assert "needs class labels" in run_fails(capsys, "--evaluate", run, "--data", tmp_path / "other")
 
 

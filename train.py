@@ -5,8 +5,8 @@
     python train.py --resume runs/cifar10            # go on after an interruption
     python train.py --evaluate runs/cifar10          # kNN and linear probe; --finetune trains the encoder as well
 
-A run is one folder: checkpoint.pt (everything, replaced after each epoch), log.jsonl (one record an epoch), at the end
-the figures of visualize.py, and evaluation.json if it was evaluated.
+An image folder has train/ and val/ or test/, or a sub-folder per class, or it is flat, without labels. A run is a
+folder: checkpoint.pt, replaced after each epoch; log.jsonl; the figures of visualize.py; evaluation.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -46,7 +47,6 @@ DATASETS = {
     "cifar100": lambda root, train: datasets.CIFAR100(root, train, download=True),
     "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
 }
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
 FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # its own defaults
 
 
@@ -62,7 +62,6 @@ def train(args: argparse.Namespace, record: dict | None = None):
     lam = torch.tensor(args.lambda_start, device=device)  # a tensor: a compiled model is compiled anew for every float
     for epoch in range(len(log), args.epochs + 1):  # epoch 0 trains nothing: it measures where the others start
         losses, start = torch.zeros(steps, device=device), time.perf_counter()
-        shown = start
         for i, (_, images) in enumerate(bar := batches(args, data, model, optimizer, epoch)):  # (B, 3, H, W)
             progress = ((epoch - 1) * steps + i) / max(1, args.epochs * steps - 1)
             lam.fill_(curriculum_factor(progress, args.lambda_start, args.lambda_end))
@@ -71,21 +70,20 @@ def train(args: argparse.Namespace, record: dict | None = None):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[i] = loss.detach()  # stays on the device: reading it makes a GPU wait, once a second will do
-            if time.perf_counter() - shown > 1:
-                shown = time.perf_counter()
+            losses[i] = loss.detach()  # stays on the device: reading it makes a GPU wait
+            if i % 50 == 49:
                 bar.set_postfix_str(f"loss {loss.item():.4f}, lambda {lam.item():+.2f}")
-        seconds = time.perf_counter() - start
-        if (bad := losses.isfinite().logical_not()).any():
+        losses = losses.cpu()
+        rate = steps * args.batch_size / (time.perf_counter() - start)
+        if len(bad := losses.isfinite().logical_not().nonzero()):
             raise ValueError(
-                f"the loss became {losses[bad][0].item()} in epoch {epoch}, step {1 + int(bad.nonzero()[0])} of "
-                f"{steps}; try a lower --lr; the checkpoint in {args.out} still holds epoch {epoch - 1}"
+                f"the loss became {losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1} of {steps}; "
+                f"try a lower --lr; the checkpoint in {args.out} still holds epoch {epoch - 1}"
             )
 
         # What the epoch did: a record, a line, a checkpoint.
         figures = {"epoch": epoch, "lambda": lam.item()}
         if epoch:
-            rate = steps * args.batch_size / seconds
             figures |= {"loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
         knn = epoch % args.knn_every == 0 or epoch == args.epochs
         measured, now = measure(model, data, lam, first=epoch == 0, knn=knn)
@@ -119,7 +117,7 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
     if side < args.patch_size:
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
-    size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else (32, 32))
+    size = args.image_size or (side - side % args.patch_size,) * 2
     if not parts:
         classes, train, val = SHAPES, shapes(wanted or 10_000 + held, size, seed=1), shapes(2_000, size, seed=2)
     else:
@@ -211,12 +209,14 @@ class Folder(datasets.ImageFolder):
         if flat and classes:
             raise ValueError(f"{directory} has {len(flat)} images beside folders ({', '.join(classes)[:99]})")
         if not flat and not classes:
-            raise ValueError(f"no images in {directory}: expected {' '.join(SUFFIXES)}, flat or a sub-folder per class")
+            raise ValueError(
+                f"no images in {directory}: expected {' '.join(IMG_EXTENSIONS)}, or a sub-folder per class"
+            )
         return classes, {name: i for i, name in enumerate(classes)} or {"": -1}
 
 
 def is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and os.path.basename(path)[0] != "."
+    return is_image_file(path) and os.path.basename(path)[0] != "."
 
 
 def open_image(path: str) -> Image.Image:
@@ -495,15 +495,9 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
     return accuracy(encode(lambda x: head(model.features(model.standardise(x))), data.val, device), data)
 
 
-def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
+def evaluate(args: argparse.Namespace, model: CLMAE, record: dict, run: str):
     """--evaluate, or --finetune: a run's encoder, and beside it the floors."""
-    if args.image_size != model.config.image_size:
-        raise ValueError(f"--image-size {args.image_size}: {run} was trained on {model.config.image_size} pixels")
-    if args.holdout != record["options"]["holdout"]:
-        raise ValueError(
-            f"--holdout {args.holdout}: {run} may have been trained on them; it has {record['options']['holdout']}"
-        )
-    file = Path(run) / "evaluation.json"
+    file = Path(run, "evaluation.json")
     results = json.loads(file.read_text()) if file.exists() else {}  # before the work: if it fails, nothing is lost
     device = pick_device(args)
     data = load_data(args, device)
@@ -512,18 +506,16 @@ def evaluate(run: str, model: CLMAE, record: dict, args: argparse.Namespace):
     torch.manual_seed(args.seed)
     untrained = CLMAE(model.config)
     untrained.mean, untrained.std = model.mean, model.std
-    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device)}
-    encoders |= {} if args.finetune else {"pixels": None}
-    on = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
-    for name, model in encoders.items():
-        if args.finetune:
-            on["finetune_epochs"] = args.epochs
-            found = {"finetune": finetune(model, data, args)}
-        else:
-            both = vectors(model, data)
+    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device), "pixels": None}
+    told = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
+    for name, encoder in encoders.items():
+        if args.finetune is None:
+            both = vectors(encoder, data)
             found = {"knn": knn_accuracy(*both, data), "linear_probe": linear_probe(*both, data)}
+        else:
+            found = {"finetune": finetune(encoder, data, args)} if encoder else {}
         for what, value in found.items():
-            results.setdefault(what, {}).update(on | {name: value})
+            results.setdefault(what, {}).update(told | {name: value})
             print(f"{what}, {name}: {value:.2f} %", flush=True)
     replace(file, (json.dumps(results, indent=2) + "\n").encode())
     print(f"written to {file}")
@@ -568,12 +560,9 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
 
     device, size, B = pick_device(args), args.image_size or (32, 32), args.batch_size
     args.patch_size = args.patch_size or 4
-    images, lam = (
-        torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device),
-        torch.tensor(-0.5, device=device),
-    )
-    timers, flops, seconds = {}, {}, {"random": [], "curriculum": []}
-    for args.masking in seconds:
+    images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
+    lam, timers, flops = torch.tensor(-0.5, device=device), {}, {}
+    for args.masking in ("random", "curriculum"):
         model, optimizer = build(args, size, device)
 
         def step(forward, model=model, optimizer=optimizer):
@@ -589,22 +578,19 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
         flops[args.masking] = counter.get_total_flops()
         used = {"step": step, "forward": torch.compile(model) if args.compile else model}
         timers[args.masking] = Timer("step(forward)", globals=used, num_threads=torch.get_num_threads())
-    for _ in range(repeats):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(1 if device.type == "cpu" else 10).mean)
+    turns = [[t.timeit(1 if device.type == "cpu" else 10).mean for t in timers.values()] for _ in range(repeats)]
+    seconds = torch.tensor(turns).T  # (2, repeats)
+    ratios = (seconds / seconds[0]).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1).T.tolist()
     print(f"{args.model}, {size[0]} x {size[1]} pixels, batch {B}, {device}, torch {torch.__version__}")
     print("             ms (median)  against random (quartiles)  images/s  TFLOP/s")
-    base = torch.tensor(seconds["random"])
-    for name, values in seconds.items():
-        t = torch.tensor(values)
-        low, middle, high = (t / base).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        ms, speed = 1000 * t.median().item(), flops[name] / t.median().item() / 1e12
-        print(f"{name:12}{ms:12.2f}  {middle:.3f} ({low:.3f} to {high:.3f}){1000 * B / ms:15.0f}{speed:9.2f}")
+    for name, t, (low, middle, high) in zip(timers, seconds.median(1).values.tolist(), ratios, strict=True):
+        against, speed = f"{middle:.3f} ({low:.3f} to {high:.3f})", flops[name] / t / 1e12
+        print(f"{name:12}{1000 * t:12.2f}  {against}{B / t:15.0f}{speed:9.2f}")
     if device.type == "cuda":
         print(f"peak memory, both models: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float):
     """An argparse type: a finite number between low and high."""
 
     def parse(text: str):
@@ -617,96 +603,90 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict]:
-    """The command line, which gives the options that were typed, and the defaults of all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-    parser.error, defaults = visualize.fail, {}
+def pixels(text: str) -> tuple[int, int]:
+    """An argparse type: height and width, as in 48x64, or one for both."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
-    def add(option: str, default, text: str, type=None, **kwargs):
-        """An option of the `group` last named below."""
-        if type is not None:
-            kwargs = {"type": type, "metavar": "X"} | kwargs
-        shown = "" if default is None or default is False else f" (default: {default})"
-        defaults[group.add_argument(option, help=text + shown, **kwargs).dest] = default
 
-    # fmt: off
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = visualize.fail
+
+    def add(option: str, default, text: str, low: float | None = None, high: float = math.inf, **more):
+        """An option of the `group` last named below; with low, a number between low and high."""
+        if low is not None:
+            more = {"type": number(float if isinstance(default, float) else int, low, high), "metavar": "X"}
+        shown = "" if default is None or isinstance(default, bool) else f" (default: {default})"
+        group.add_argument(option, default=default, help=text + shown, **more)
+
+    toggle, own = argparse.BooleanOptionalAction, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in FINETUNE.items())
     group = parser.add_argument_group("data")
-    add("--data", "shapes", f"shapes (generated), {', '.join(DATASETS)} (downloaded once), or the path of an image "
-        "folder: with train/ and val/ or test/, or one sub-folder per class, or flat, without labels")
+    add("--data", "shapes", f"shapes (generated), {', '.join(DATASETS)} (downloaded), or the path of an image folder")
     add("--data-dir", "data", "where downloads go")
-    add("--images", None, "use only so many of the training images", number(int, 1), metavar="N")
-    add("--image-size", None, "height and width or one for both; default: the first image's smaller side, up to 224",
-        number(int, 1), nargs="+", metavar="PIXELS")
-    add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning",
-        number(int, 0), metavar="N")
+    add("--images", None, "use only so many of the training images", 1)
+    add("--image-size", None, "HEIGHTxWIDTH or a side; default: the first image's smaller side, up to 224", type=pixels)
+    add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning", 0)
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
-    add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", number(int, 1))
-    add("--norm-pix", True, "predict patches standardised each by itself", action=argparse.BooleanOptionalAction)
+    add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", 1)
+    add("--norm-pix", True, "predict patches standardised each by itself", action=toggle)
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
-    add("--mask-ratio", 0.75, "fraction of the patches that is masked", number(float, 0, 1))
-    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, -1 adversary", number(float, -1, 1))
-    add("--lambda-end", -1.0, "curriculum factor at the last step", number(float, -1, 1))
-    add("--kappa", 2.0, "strength of the masks at |lambda| = 1; the sampler's noise has a std of 1.28",
-        number(float, 1e-6))
-    add("--tau", 1.0, "temperature of the straight-through gradient", number(float, 1e-6))
+    add("--mask-ratio", 0.75, "fraction of the patches that is masked", 0, 1)
+    add("--lambda-start", 1.0, "curriculum factor at the first step: 1 partner, -1 adversary", -1, 1)
+    add("--lambda-end", -1.0, "curriculum factor at the last step", -1, 1)
+    add("--kappa", 2.0, "strength of the masks at |lambda| = 1; the sampler's noise has a std of 1.28", 1e-6)
+    add("--tau", 1.0, "temperature of the straight-through gradient", 1e-6)
     group = parser.add_argument_group("training")
-    add("--epochs", 15, "passes over the training images", number(int, 1))
-    add("--batch-size", 64, "images a step", number(int, 1))
-    add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", number(float, 0))
-    add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", number(float, 0))
-    add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", number(float, 0))
-    add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", number(float, 0.01, 1))
-    add("--seed", 0, "of weights, order, crops and masks", number(int, 0, 2**63 - 1))
+    add("--epochs", 15, "passes over the training images", 1)
+    add("--batch-size", 64, "images a step", 1)
+    add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", 0)
+    add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", 0)
+    add("--warmup-epochs", 2.0, "epochs in which the learning rate rises", 0)
+    add("--min-crop", 0.2, "smallest area of the random-resized crop; 1: no crop", 0.01, 1)
+    add("--seed", 0, "of weights, order, crops and masks", 0, 2**63 - 1)
     group = parser.add_argument_group("machine and output")
     add("--device", None, "cuda, mps or cpu; default the first that is there")
-    add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=argparse.BooleanOptionalAction)
+    add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=toggle)
     add("--compile", False, "torch.compile the model", action="store_true")
-    add("--knn-every", 5, "epochs from one kNN evaluation to the next", number(int, 1))
+    add("--knn-every", 5, "epochs from one kNN evaluation to the next", 1)
     add("--out", None, "run folder; default runs/ and the name of the data")
     add("--overwrite", False, "replace the run in that folder", action="store_true")
     group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     add("--resume", None, "go on with an interrupted run", metavar="RUN")
     add("--evaluate", None, "kNN and linear probe of a run's frozen encoder", metavar="RUN")
-    add("--finetune", None, "evaluate a run by training encoder and classifier; its own defaults are "
-        + " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in FINETUNE.items()), metavar="RUN")
+    add("--finetune", None, f"train encoder and classifier; its own defaults are {own}", metavar="RUN")
     add("--benchmark", False, "time training steps of this --model, --batch-size ...", action="store_true")
-    # fmt: on
-    return parser, defaults
+    return parser
 
 
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
-    parser, defaults = build_parser()
+    parser = build_parser()
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.backends.cudnn.deterministic = True  # the same seed, the same result
     with visualize.one_line_errors():
-        given = vars(parser.parse_args(argv))
-        if size := given.get("image_size"):
-            if len(size) > 2:
-                raise ValueError(f"--image-size {' '.join(map(str, size))}: one or two numbers")
-            given["image_size"] = (size[0], size[-1])
-        if "benchmark" in given:
-            return benchmark(argparse.Namespace(**defaults | given))
-        if "evaluate" in given or "finetune" in given:
-            model, record = load(run := given.get("evaluate", given.get("finetune")))
-            own = {"device": None, "amp": None, "image_size": model.config.image_size}
-            own |= FINETUNE if "finetune" in given else {}
-            return evaluate(run, model, record, argparse.Namespace(**defaults | record["options"] | own | given))
-        if "resume" in given:
-            record = load(run := given["resume"])[1]
-            options = defaults | record["options"] | {"out": run, "resume": run}
-            for name in given.keys() - {"device", "compile", "knn_every", "data", "data_dir"}:
-                if given[name] != options[name]:
-                    raise ValueError(
-                        f"--{name.replace('_', '-')} {given[name]}: {run} has {options[name]}, and keeps it"
-                    )
-            args = argparse.Namespace(**options | given)
+        args, record = parser.parse_args(argv), None
+        if args.benchmark:
+            return benchmark(args)
+        run = next((run for run in (args.resume, args.evaluate, args.finetune) if run is not None), None)
+        if run is not None:
+            model, record = load(run)
+            saved = vars(parser.parse_args([])) | record["options"] | {"out": run}  # an option newer than it: today's
+            free = {"device", "compile", "data", "data_dir", "knn_every", "resume", "evaluate", "finetune"}
+            if args.resume is None:
+                saved |= {"device": None, "amp": None, "image_size": model.config.image_size}
+                saved |= FINETUNE if args.finetune is not None else {}
+                free |= {"amp", "images", "seed", "weight_decay", *FINETUNE}
+            resumed, args = args.resume is not None, parser.parse_args(argv, argparse.Namespace(**saved))
+            for name in saved.keys() - free:
+                if (given := getattr(args, name)) != saved[name]:
+                    raise ValueError(f"--{name.replace('_', '-')} {given}: {run} has {saved[name]}, and keeps it")
+            if not resumed:
+                return evaluate(args, model, record, run)
         else:
-            record, args = None, argparse.Namespace(**defaults | given)
             if args.masking == "random":
                 args.lambda_start = args.lambda_end = 0.0  # there is no masker: neutral in the log and the figures
             name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
