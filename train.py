@@ -119,14 +119,15 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
     size = args.image_size or (side - side % args.patch_size,) * 2
     if not parts:
-        classes, train, val = SHAPES, shapes(wanted or 10_000 + held, size, seed=1), shapes(2_000, size, seed=2)
+        classes, train = SHAPES, shapes(wanted or 10_000 + held, size, seed=1)
+        val = None if held else shapes(2_000, size, seed=2)
     else:
         classes = list(parts[0].classes)
         if differ := {*classes} ^ {*parts[-1].classes}:
             raise ValueError(f"the parts of {args.data} have different classes: {sorted(differ)[:5]}")
         train = read_images(parts[0], size, wanted)
         val = read_images(parts[1], size) if len(parts) > 1 and not held else None
-    if val is None or held:
+    if val is None:
         n = len(train[0])
         held = held or n // 10
         if not 1 <= held < n:

@@ -249,7 +249,7 @@ def fail(message: str):
 @contextmanager
 def one_line_errors():
     """What a user can mend is told in one line, without a traceback, and with the place in the code that refused."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # if closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a path
     try:
         yield
