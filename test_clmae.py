@@ -1000,7 +1000,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
         (["--data", "cifar11"], "cifar11 is neither shapes, cifar10"),
         (["--batch-size", 65], "--batch-size 65 is more than the 64 training images"),
         (["--epochs", 0], "0 is not between 1 and inf"),
-        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs", "many"], "argument --epochs: invalid number value: 'many'"),
         (["--lambda-start", 2], "2 is not between -1 and 1"),
         (["--lr", "nan"], "nan is not between 0 and inf"),
         (["--lr", "inf"], "inf is not between 0 and inf"),

@@ -187,10 +187,7 @@ def open_data(name: str, root: str) -> list:
         try:
             return [DATASETS[name](root, train) for train in (True, False)]
         except Exception as error:  # urllib, hashes, disk: whatever it was, the way out is the same
-            raise ValueError(
-                f"could not download {name} to {root} ({error}); with its images on disk, in train/ and val/, one "
-                f"sub-folder per class, use --data PATH"
-            ) from error
+            raise ValueError(f"cannot get {name} ({error}); --data PATH reads images on disk, see --help") from error
     if not os.path.isdir(name):
         raise ValueError(f"--data {name} is neither shapes, {', '.join(DATASETS)} nor a folder")
     folders = {entry.name.lower(): entry.path for entry in os.scandir(name) if entry.is_dir()}
@@ -591,19 +588,6 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
         print(f"peak memory, both models: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
-def number(kind: type, low: float, high: float):
-    """An argparse type: a finite number between low and high."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when kind(text) fails
-    return parse
-
-
 def pixels(text: str) -> tuple[int, int]:
     """An argparse type: height and width, as in 48x64, or one for both."""
     height, _, width = text.partition("x")
@@ -616,9 +600,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = visualize.fail
 
     def add(option: str, default, text: str, low: float | None = None, high: float = math.inf, **more):
-        """An option of the `group` last named below; with low, a number between low and high."""
-        if low is not None:
-            more = {"type": number(float if isinstance(default, float) else int, low, high), "metavar": "X"}
+        """An option of the `group` last named below; with low, a finite number between low and high."""
+
+        def number(text: str) -> float:
+            value = float(text) if isinstance(default, float) else int(text)
+            if not low <= value <= high or math.isinf(value):
+                raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            return value
+
+        more |= {} if low is None else {"type": number, "metavar": "X"}
         shown = "" if default is None or isinstance(default, bool) else f" (default: {default})"
         group.add_argument(option, default=default, help=text + shown, **more)
 
@@ -632,7 +622,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
     add("--patch-size", None, "pixels; default 4 for images below 64 pixels, 8 below 128, else 16", 1)
-    add("--norm-pix", True, "predict patches standardised each by itself", action=toggle)
+    add("--norm-pix", True, "predict patches standardised each by itself; on by default", action=toggle)
     group = parser.add_argument_group("masking")
     add("--masking", "curriculum", "masks learned, or random: plain MAE", choices=["curriculum", "random"])
     add("--mask-ratio", 0.75, "fraction of the patches that is masked", 0, 1)
