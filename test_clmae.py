@@ -155,15 +155,6 @@ def test_lambda_0_is_plain_mae_bit_for_bit(images):
     assert not torch.equal(CLMAE(small())(images, 1.0).mask, results[0][0])
 
 
-def test_a_seed_gives_the_same_mae_with_a_masker_and_without():
-    torch.manual_seed(0)
-    curriculum, after = CLMAE(small()).state_dict(), torch.rand(3)
-    torch.manual_seed(0)
-    plain = CLMAE(small(kappa=0.0)).state_dict()
-    assert torch.equal(after, torch.rand(3))  # what is drawn next: the order, crops and noise
-    assert all(torch.equal(curriculum[name], value) for name, value in plain.items())
-
-
 def test_the_masker_learns_to_help_at_plus_one_and_to_oppose_at_minus_one():
     """Images of flat and noisy patches: noise cannot be guessed, so a partner shows it and an adversary hides it."""
     torch.manual_seed(0)
@@ -866,19 +857,6 @@ def test_biases_norms_and_tokens_have_no_weight_decay():
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
-def test_three_lines_give_features(run):
-    model, record = clmae.load(run)
-    x = model.standardise(record["images"])
-    assert torch.equal(record["images"], train.load_data(train.argparse.Namespace(**record["options"])).val[:8])
-    now = model(x, record["log"][-1]["lambda"]).scores
-    torch.testing.assert_close(now, record["scores"][-1], rtol=1e-3, atol=1e-3)
-    z = model.features(x)
-    assert z.shape == (8, 96) and x.shape == (8, 3, 32, 32)
-    images = train.load_data(train.argparse.Namespace(**record["options"])).train
-    torch.testing.assert_close(model.mean.flatten(), images.float().mean((0, 2, 3)), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(model.std.flatten(), images.float().std((0, 2, 3)), rtol=1e-4, atol=1e-3)
-
-
 def test_the_logged_loss_is_the_mean_over_the_epoch(tmp_path, monkeypatch, no_figures):
     losses, forward = [], CLMAE.forward
 
@@ -1202,17 +1180,19 @@ def test_the_readmes_notebook_and_timm_lines_give_features(run, tmp_path, monkey
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in readme("python") if "load(" in block]
-    assert len(blocks) == 2
-    for block in blocks:
-        if "timm" not in block:
-            scope = {}
-            exec(block, scope)
-            model, x, features = scope["model"], scope["x"], scope["features"]
-            assert features.shape == (8, 96)
-    timm = pytest.importorskip("timm")
-    assert timm
-    exec(next(block for block in blocks if "timm" in block), scope)
+    notebook, parity = (block for block in readme("python") if "load(" in block)
+    exec(notebook, scope := {})
+    model, record, x, features = (scope[name] for name in ("model", "record", "x", "features"))
+    assert features.shape == (8, 96)
+    data = train.load_data(train.argparse.Namespace(**record["options"]))
+    images = data.train.float()
+    assert torch.equal(record["images"], data.val[:8])
+    torch.testing.assert_close(model.mean.flatten(), images.mean((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.std.flatten(), images.std((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    now = model(x, record["log"][-1]["lambda"]).scores
+    torch.testing.assert_close(now, record["scores"][-1], rtol=1e-3, atol=1e-3)
+    pytest.importorskip("timm")
+    exec(parity, scope)
     torch.testing.assert_close(scope["vit"].forward_features(x), model.encode(x), rtol=1e-3, atol=1e-4)
 
 
