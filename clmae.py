@@ -47,27 +47,21 @@ class Config:
     norm_pix: bool = True  # predict each patch standardised by its own mean and std, not raw pixels
 
     def __post_init__(self):
-        size = self.image_size
-        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
-        height, width = self.image_size
-        if self.patch_size < 1 or any(side < 1 or side % self.patch_size for side in self.image_size):
-            raise ValueError(f"patch_size {self.patch_size} must divide the image size {height} x {width}")
+        size, p = self.image_size, self.patch_size
+        self.image_size = height, width = (size, size) if isinstance(size, int) else tuple(size)
+        if min(p, height, width) < 1 or height % p or width % p:
+            raise ValueError(f"patch_size {p} must divide the image size {height} x {width}")
         for name, low, high in (("kappa", 0, 1e9), ("tau", 1e-9, 1e9), ("mask_ratio", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} {getattr(self, name)} must be between {low:g} and {high:g}")
         if not 1 <= self.visible < self.patches:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.patches} patches visible; "
-                f"at least 1 must be visible and 1 masked"
-            )
+            raise ValueError(f"mask_ratio {self.mask_ratio} leaves {self.visible} of {self.patches} patches visible")
         for part in ("", "decoder_", "masker_"):
             dim, heads = getattr(self, f"{part}dim"), getattr(self, f"{part}heads")
             if heads < 1 or dim < 1 or dim % heads or dim % 4:
                 raise ValueError(f"{part}dim {dim} must be a multiple of 4 and of {part}heads {heads}")
-        if self.norm_pix and self.patch_size**2 * self.channels < 2:
-            raise ValueError(
-                "norm_pix needs more than 1 value in a patch: patch_size 1 with channels 1 has no variance"
-            )
+        if self.norm_pix and p * p * self.channels < 2:
+            raise ValueError("norm_pix needs more than 1 value in a patch, which has no variance")
 
     @property
     def grid(self) -> tuple[int, int]:
