@@ -205,18 +205,16 @@ def test_mask_probability_is_the_chance_of_being_masked():
 
 
 def plain_block(x: torch.Tensor, state: dict, prefix: str, heads: int) -> torch.Tensor:
-    """A pre-norm transformer block with torch's own attention, from weights alone."""
-    p = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    """A pre-norm transformer block of torch's own, with weights by name."""
     D = x.shape[-1]
-    h = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-6).transpose(0, 1)
-    h, _ = F.multi_head_attention_forward(
-        h, h, h, D, heads, p["attn.qkv.weight"], p["attn.qkv.bias"], None, None, False, 0.0, p["attn.proj.weight"],
-        p["attn.proj.bias"], need_weights=False,
-    )  # fmt: skip
-    x = x + h.transpose(0, 1)
-    h = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"], 1e-6)
-    h = F.gelu(F.linear(h, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
-    return x + F.linear(h, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+    block = torch.nn.TransformerEncoderLayer(D, heads, 4 * D, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True)
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj"}
+    names |= {"linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+    for name, p in block.named_parameters():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        p.data = state[prefix + name]
+    return block(x)
 
 
 def plain_mae(model: CLMAE, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
