@@ -1011,35 +1011,30 @@ def test_a_poor_terminal_does_not_stop_a_command(run, tmp_path, monkeypatch):
 
 def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def error(folder: str) -> str:
-        return run_fails(capsys, "--data", tmp_path / folder, "--batch-size", 8)
-
-    (tmp_path / "empty").mkdir()
-    assert f"no images in {tmp_path / 'empty'}" in error("empty")
-    good = save_images(tmp_path / "photos", 40)
-    whole = good[7].read_bytes()
-    good[7].write_bytes(whole[: len(whole) // 2])
-    assert str(good[7]) in error("photos")
-    good[7].write_text("not an image")
-    assert str(good[7]) in error("photos")
-    save_images(tmp_path / "photos" / "thumbs", 3)
-    assert "40 images beside folders (thumbs)" in error("photos")
+    for folder, n in (("cut", 20), ("text", 20), ("mixed", 40), ("mixed/thumbs", 3), ("few", 5), ("lonely/val/cat", 3)):
+        save_images(tmp_path / folder, n)
+    for folder in ("split/train/cat", "split/test/dog", "locked/cat"):
+        save_images(tmp_path / folder, 3)
     save_images(tmp_path / "tiny", 20, size=(3, 9))
-    assert "only 3 pixels wide or high" in error("tiny")
-    save_images(tmp_path / "few", 5)
-    assert "5 images" in error("few")
-    save_images(tmp_path / "split" / "train" / "cat", 3)
-    save_images(tmp_path / "split" / "test" / "dog", 3)
-    assert "different classes: ['cat', 'dog']" in error("split")
-    save_images(tmp_path / "lonely" / "val" / "cat", 3)
-    assert "val has no train/ beside it" in error("lonely")
-    save_images(tmp_path / "locked" / "cat", 3)
-    (tmp_path / "locked" / "dog").mkdir()  # what a folder that may not be read looks like
-    assert "no valid file for the classes dog" in error("locked")
-    (tmp_path / "float").mkdir()
+    cut, text = (next((tmp_path / folder).iterdir()) for folder in ("cut", "text"))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    text.write_text("not an image")
+    for folder in ("empty", "locked/dog", "float"):  # locked: what a folder that may not be read looks like
+        (tmp_path / folder).mkdir()
     Image.new("F", (16, 16), 0.5).save(tmp_path / "float" / "a.tiff")
-    assert "32-bit values have no known range" in error("float")
+    for folder, message in {
+        "empty": f"no images in {tmp_path / 'empty'}",
+        "cut": str(cut),
+        "text": str(text),
+        "mixed": "40 images beside folders (thumbs)",
+        "tiny": "only 3 pixels wide or high",
+        "few": "5 images",
+        "split": "different classes: ['cat', 'dog']",
+        "lonely": "val has no train/ beside it",
+        "locked": "no valid file for the classes dog",
+        "float": "32-bit values have no known range",
+    }.items():
+        assert message in run_fails(capsys, "--data", tmp_path / folder, "--batch-size", 8)
     assert not (tmp_path / "runs").exists()
 
 
