@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -47,6 +47,7 @@ DATASETS = {
     "cifar100": lambda root, train: datasets.CIFAR100(root, train, download=True),
     "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
 }
+SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # its own defaults
 
 
@@ -117,7 +118,7 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
     if side < args.patch_size:
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
-    size = args.image_size or (side - side % args.patch_size,) * 2
+    size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else (32, 32))
     if not parts:
         classes, train = SHAPES, shapes(wanted or 10_000 + held, size, seed=1)
         val = None if held else shapes(2_000, size, seed=2)
@@ -207,14 +208,12 @@ class Folder(datasets.ImageFolder):
         if flat and classes:
             raise ValueError(f"{directory} has {len(flat)} images beside folders ({', '.join(classes)[:99]})")
         if not flat and not classes:
-            raise ValueError(
-                f"no images in {directory}: expected {' '.join(IMG_EXTENSIONS)}, or a sub-folder per class"
-            )
+            raise ValueError(f"no images in {directory}: expected {' '.join(SUFFIXES)}, flat or a sub-folder per class")
         return classes, {name: i for i, name in enumerate(classes)} or {"": -1}
 
 
 def is_image(path: str) -> bool:
-    return is_image_file(path) and os.path.basename(path)[0] != "."
+    return path.lower().endswith(SUFFIXES) and os.path.basename(path)[0] != "."
 
 
 def open_image(path: str) -> Image.Image:
@@ -504,14 +503,18 @@ def evaluate(args: argparse.Namespace, model: CLMAE, record: dict, run: str):
     torch.manual_seed(args.seed)
     untrained = CLMAE(model.config)
     untrained.mean, untrained.std = model.mean, model.std
-    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device), "pixels": None}
+    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device)}
     told = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
+    if args.finetune is None:
+        encoders["pixels"] = None
+    else:
+        told["finetune_epochs"] = args.epochs
     for name, encoder in encoders.items():
         if args.finetune is None:
             both = vectors(encoder, data)
             found = {"knn": knn_accuracy(*both, data), "linear_probe": linear_probe(*both, data)}
         else:
-            found = {"finetune": finetune(encoder, data, args)} if encoder else {}
+            found = {"finetune": finetune(encoder, data, args)}
         for what, value in found.items():
             results.setdefault(what, {}).update(told | {name: value})
             print(f"{what}, {name}: {value:.2f} %", flush=True)
@@ -601,13 +604,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(option: str, default, text: str, low: float | None = None, high: float = math.inf, **more):
         """An option of the `group` last named below; with low, a finite number between low and high."""
+        kind = float if isinstance(default, float) else int
 
         def number(text: str) -> float:
-            value = float(text) if isinstance(default, float) else int(text)
+            value = kind(text)
             if not low <= value <= high or math.isinf(value):
                 raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
             return value
 
+        number.__name__ = kind.__name__  # argparse names it when kind(text) fails
         more |= {} if low is None else {"type": number, "metavar": "X"}
         shown = "" if default is None or isinstance(default, bool) else f" (default: {default})"
         group.add_argument(option, default=default, help=text + shown, **more)
@@ -665,17 +670,18 @@ def main(argv: list[str] | None = None):
         run = next((run for run in (args.resume, args.evaluate, args.finetune) if run is not None), None)
         if run is not None:
             model, record = load(run)
-            saved = vars(parser.parse_args([])) | record["options"] | {"out": run}  # an option newer than it: today's
+            # The run's options, today's default for one that is newer; typed ones are laid over them.
+            saved = vars(parser.parse_args([])) | record["options"] | {"out": run, "resume": None}
             free = {"device", "compile", "data", "data_dir", "knn_every", "resume", "evaluate", "finetune"}
             if args.resume is None:
                 saved |= {"device": None, "amp": None, "image_size": model.config.image_size}
                 saved |= FINETUNE if args.finetune is not None else {}
                 free |= {"amp", "images", "seed", "weight_decay", *FINETUNE}
-            resumed, args = args.resume is not None, parser.parse_args(argv, argparse.Namespace(**saved))
+            args = parser.parse_args(argv, argparse.Namespace(**saved))
             for name in saved.keys() - free:
                 if (given := getattr(args, name)) != saved[name]:
                     raise ValueError(f"--{name.replace('_', '-')} {given}: {run} has {saved[name]}, and keeps it")
-            if not resumed:
+            if args.resume is None:
                 return evaluate(args, model, record, run)
         else:
             if args.masking == "random":
