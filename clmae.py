@@ -38,7 +38,7 @@ class Config:
     decoder_dim: int = 64
     decoder_depth: int = 2
     decoder_heads: int = 2
-    masker_dim: int = 64
+    masker_dim: int = 48  # it reads all L tokens, the encoder only K of them: it has to be small to cost little
     masker_depth: int = 1
     masker_heads: int = 2
     mask_ratio: float = 0.75  # fraction of the patches that is hidden; K = round(L (1 - mask_ratio))
@@ -61,7 +61,7 @@ class Config:
             if heads < 1 or dim < 1 or dim % heads or dim % 4:
                 raise ValueError(f"{part}dim {dim} must be a multiple of 4 and of {part}heads {heads}")
         if self.norm_pix and p * p * self.channels < 2:
-            raise ValueError("norm_pix needs more than 1 value in a patch, which has no variance")
+            raise ValueError("norm_pix needs more than 1 value in a patch: one alone has no variance")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -267,7 +267,7 @@ def gumbel_noise(scores: Tensor, generator: torch.Generator | None = None) -> Te
 def gumbel_top_k(
     scores: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample k of L tokens without replacement: each draw takes i, of those left, with probability e^s_i / their sum.
+    """Sample k of L tokens, one after another: of those left, i is drawn with probability e^s_i / (their sum of e^s).
 
     Adding Gumbel(0, 1) noise and taking the k largest is an exact sample of that Plackett-Luce distribution
     (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
@@ -326,7 +326,7 @@ class CLMAE(nn.Module):
             self.masker = Masker(config).apply(init_weights) if config.kappa > 0 else None
 
     def standardise(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) of values 0 to 255, as stored, to what the model reads: mean 0 and std 1 a channel."""
+        """Images (B, C, H, W) of values 0 to 255, as stored, to what the model reads: each channel of mean 0, std 1."""
         return (images.float() - self.mean) / self.std
 
     def encode(self, images: Tensor) -> Tensor:
@@ -359,15 +359,15 @@ class CLMAE(nn.Module):
         """One step of CL-MAE on standardised images (B, C, H, W).
 
         lam: the curriculum factor, as a 0-d tensor if the model is compiled: it compiles anew for every float.
-        lam = 0 is plain MAE, exactly.
+        lam = 0 is plain MAE, exactly. generator: of the Gumbel noise, on the images' device.
         """
         c = self.config
         x = self.encoder.embed(images)  # (B, L, D)
 
-        # 1. The masker scores every token. detach: it must not teach the patch embedding. Where a < 0, in about half of
-        #    the tokens, one is hidden more often than the rest. Where a > 0 the clamp stops value and gradient: none is
-        #    shown on purpose. |lam|: AdamW divides the size of a gradient out, and with it that of lam. So lam also
-        #    scales the scores, and with them how far masks depart from random ones.
+        # 1. The masker scores every token. detach: it must not teach the patch embedding. clamp: it may only hide.
+        #    About half of the tokens have a < 0 and are hidden more often than the others, which share s = 0 and pass
+        #    no gradient on to the masker. |lam|: AdamW divides the size of a gradient out, and with it that of lam. So
+        #    lam also scales the scores, and with them how far masks depart from random ones.
         scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
         if self.masker is not None:
             a = self.masker(x.detach())  # (B, L)

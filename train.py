@@ -5,8 +5,8 @@
     python train.py --resume runs/cifar10            # go on after an interruption
     python train.py --evaluate runs/cifar10          # kNN and linear probe; --finetune trains the encoder as well
 
-An image folder has train/ and val/ or test/, or a sub-folder per class, or it is flat, without labels. A run is a
-folder: checkpoint.pt, replaced after each epoch; log.jsonl; the figures of visualize.py; evaluation.json.
+An image folder is flat, without labels, or has a sub-folder per class; so have its train/ and val/ or test/, if any.
+A run is a folder: checkpoint.pt, replaced after each epoch; log.jsonl; the figures of visualize.py; evaluation.json.
 """
 
 import argparse
@@ -35,11 +35,10 @@ from tqdm import tqdm
 import visualize
 from clmae import CLMAE, Config, curriculum_factor, load, patchify
 
-# The masker reads all L tokens, the encoder only K of them: it has to be small to cost little.
 MODELS = {
-    "nano": dict(dim=96, depth=4, heads=3, decoder_dim=48, decoder_depth=1, masker_dim=32),
-    "tiny": dict(dim=192, depth=12, heads=3, decoder_dim=64, decoder_depth=2, masker_dim=48),
-    "small": dict(dim=384, depth=12, heads=6, decoder_dim=128, decoder_depth=2, decoder_heads=4, masker_dim=64),
+    "nano": dict(dim=96, depth=4, decoder_dim=48, decoder_depth=1, masker_dim=32),
+    "tiny": {},  # ViT-Tiny: the defaults of Config
+    "small": dict(dim=384, heads=6, decoder_dim=128, decoder_heads=4, masker_dim=64),
 }
 # What is downloaded: a name, and how torchvision opens its training or held-out part.
 DATASETS = {
@@ -60,7 +59,7 @@ def train(args: argparse.Namespace, record: dict | None = None):
     log, scores = begin(args, data, model, optimizer, record)  # by epoch: figures, scores (8, L) of 8 held-out images
     step_model = torch.compile(model) if args.compile else model
     steps = len(data.train) // args.batch_size  # of an epoch; the last, incomplete batch is dropped
-    lam = torch.tensor(args.lambda_start, device=device)  # a tensor: a compiled model is compiled anew for every float
+    lam = torch.tensor(args.lambda_start, device=device)  # a tensor: see CLMAE.forward
     for epoch in range(len(log), args.epochs + 1):  # epoch 0 trains nothing: it measures where the others start
         losses, start = torch.zeros(steps, device=device), time.perf_counter()
         for i, (_, images) in enumerate(bar := batches(args, data, model, optimizer, epoch)):  # (B, 3, H, W)
@@ -89,7 +88,7 @@ def train(args: argparse.Namespace, record: dict | None = None):
         knn = epoch % args.knn_every == 0 or epoch == args.epochs
         measured, now = measure(model, data, lam, first=epoch == 0, knn=knn)
         log.append(figures | measured)
-        scores.append(now[:8].cpu().clone())
+        scores.append(now[:8].cpu().clone())  # (8, L); a view would save all 500
         print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
         save(args, data, model, optimizer, log, scores)
     visualize.draw(args.out)
@@ -111,14 +110,15 @@ class Data(NamedTuple):
 
 
 def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> Data:
-    """Read what --data names. Images without a held-out part give up the last tenth of a fixed shuffle."""
+    """Read what --data names, and set args.patch_size. Without a held-out part, a tenth is held out."""
     held, wanted = args.holdout, args.images and args.images + args.holdout
     parts = [] if args.data == "shapes" else open_data(args.data, args.data_dir)
-    side = min(args.image_size or ((224, *parts[0][0][0].size) if parts else (32,)))  # of the first image
+    first = parts[0][0][0].size if parts else (32, 32)  # of an image
+    side = min(args.image_size or (224, *first))
     args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
     if side < args.patch_size:
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
-    size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else (32, 32))
+    size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else first)
     if not parts:
         classes, train = SHAPES, shapes(wanted or 10_000 + held, size, seed=1)
         val = None if held else shapes(2_000, size, seed=2)
@@ -137,7 +137,7 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     if args.batch_size > len(train[0]):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train[0])} training images")
     room = torch.cuda.mem_get_info()[0] / 2 if torch.device(device).type == "cuda" else math.inf
-    images = train[0].to(device) if train[0].nbytes < room else train[0]
+    images = train[0].to(device) if train[0].nbytes < room else train[0]  # else each batch is moved
     return Data(images, train[1], classes, *val)
 
 
@@ -191,10 +191,12 @@ def open_data(name: str, root: str) -> list:
             raise ValueError(f"cannot get {name} ({error}); --data PATH reads images on disk, see --help") from error
     if not os.path.isdir(name):
         raise ValueError(f"--data {name} is neither shapes, {', '.join(DATASETS)} nor a folder")
-    folders = {entry.name.lower(): entry.path for entry in os.scandir(name) if entry.is_dir()}
+    folders = {entry.name.lower(): entry.path for entry in os.scandir(name) if entry.is_dir() and entry.name[0] != "."}
     held = [folders[part] for part in ("val", "valid", "validation", "test") if part in folders][:1]
     if held and "train" not in folders:
         raise ValueError(f"{held[0]} has no train/ beside it")
+    if "train" in folders and not held and len(folders) > 1:
+        raise ValueError(f"{name} has train/ without val/ or test/; if it is no class: --data {folders['train']}")
     paths = [folders["train"], *held] if "train" in folders else [name]
     return [Folder(path, loader=open_image, is_valid_file=is_image) for path in paths]
 
@@ -318,7 +320,7 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
         model.load_state_dict(record["model"])
         optimizer.load_state_dict(record["optimizer"])
         torch.set_rng_state(record["rng"]["cpu"])
-        for kind in {model.mean.device.type} & (record["rng"].keys() - {"cpu"}):
+        if (kind := model.mean.device.type) != "cpu" and kind in record["rng"]:
             torch.get_device_module(kind).set_rng_state(record["rng"][kind])
     print(
         f"{args.data}: {N:,} training and {len(data.val):,} held-out images of {H} x {W} pixels, {len(data.classes)} "
@@ -417,14 +419,12 @@ def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
 
     Without a model, the floor: the pixels, shrunk to 32 x 32 if larger.
     """
-    device, small = data.train.device, [min(32, side) for side in data.train.shape[2:]]
-
-    def f(images: Tensor) -> Tensor:
-        if model is None:
-            return F.adaptive_avg_pool2d(images.float(), small).flatten(1)
-        return model.features(model.standardise(images))
-
-    train, val = (encode(f, images, model.mean.device if model else device) for images in (data.train, data.val))
+    if model is None:
+        small = [min(32, side) for side in data.train.shape[2:]]
+        device, f = data.train.device, lambda x: F.adaptive_avg_pool2d(x.float(), small).flatten(1)
+    else:
+        device, f = model.mean.device, lambda x: model.features(model.standardise(x))
+    train, val = (encode(f, images, device) for images in (data.train, data.val))
     mean, std = train.mean(0), train.std(0) + 1e-6
     return (train - mean) / std, (val - mean) / std
 
@@ -676,7 +676,7 @@ def main(argv: list[str] | None = None):
             if args.resume is None:
                 saved |= {"device": None, "amp": None, "image_size": model.config.image_size}
                 saved |= FINETUNE if args.finetune is not None else {}
-                free |= {"amp", "images", "seed", "weight_decay", *FINETUNE}
+                free |= {"amp", "seed", "weight_decay", *FINETUNE}
             args = parser.parse_args(argv, argparse.Namespace(**saved))
             for name in saved.keys() - free:
                 if (given := getattr(args, name)) != saved[name]:
