@@ -1176,7 +1176,7 @@ def test_the_readmes_notebook_and_timm_lines_give_features(run, tmp_path, monkey
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)
-    notebook, parity = (block for block in readme("python") if "load(" in block)
+    notebook, parity = (block for block in readme("python") if "features = " in block)
     exec(notebook, scope := {})
     model, record, x, features = (scope[name] for name in ("model", "record", "x", "features"))
     assert features.shape == (8, 96)
