@@ -504,8 +504,10 @@ def test_a_batch_is_augmented_shuffled_and_sets_the_learning_rate():
     assert orders[:96] != orders[96:] and orders[:96] != sorted(orders[:96])
     lrs = [1e-2 * 32 / 256 * train.lr_factor(1 + i / 3, 4, 1.0) for i in range(6)]
     assert rates == [pytest.approx([lr, lr / 2]) for lr in lrs]
-    _, whole = next(iter(train.batches(arguments("--batch-size", 96, "--min-crop", 1), data, model, optimizer, 1)))
-    assert min((whole[0] - x).abs().max() for i in model.standardise(images) for x in (i, i.flip(2))) < 1e-3
+    ids, batch = next(iter(train.batches(arguments("--batch-size", 96, "--min-crop", 1), data, model, optimizer, 1)))
+    whole = model.standardise(images[ids])
+    differences = torch.stack([(batch - x).abs().amax((1, 2, 3)) for x in (whole, whole.flip(3))])
+    assert differences.amin(0).max() < 1e-3  # --min-crop 1: no crop
     assert [train.lr_factor(e, 10, 2) for e in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
@@ -521,7 +523,7 @@ def test_augment_crops_inside_the_image_and_flips_half_of_them():
     crops = train.augment(images, min_crop=0.2)
     top, bottom = crops[:, 0, [0, -1], 0].T
     left, right = crops[:, 1, 0, [0, -1]].sort(1).values.T
-    assert min(top.min(), left.min()) > -1e-4 and max(bottom.max(), right.max()) < 1.0001  # not beyond the border
+    assert crops.min() >= -1e-4 and crops.max() <= 1 + 1e-4  # nothing from beyond the border
     height, width = bottom - top, right - left
     area, ratio = width * height, width / height
     assert 0.19 < area.min() < 0.25 and area.max() > 0.9 and 0.5 < area.mean() < 0.7
@@ -888,8 +890,9 @@ def test_masks_are_drawn_epoch_by_epoch(run, tmp_path, shown):
     model, record = clmae.load(run)
     visualize.draw_masks(record, model, tmp_path / "masks.png")
     visualize.draw_gif(record, model, tmp_path / "masks.gif")
+    # Six images, in the columns of masks.png, then in masks.gif.
     drawn, ratios = zip(*(args[1:] for args in shown if len(args) > 1), strict=True)
-    assert {*ratios} == {0.75}  # six images, in the columns of masks.png, then in masks.gif
+    assert {*ratios} == {0.75}
     expected = [model.mask_probability(scores).reshape(8, 8, 8) for scores in record["scores"]]
     assert len(drawn) == 2 * 3 * 6 and all(torch.equal(p, expected[i // 6 % 3][i % 6]) for i, p in enumerate(drawn))
     assert not torch.equal(expected[0], expected[2])
@@ -910,10 +913,11 @@ def test_the_push_in_step_png_is_where_descent_moves_the_score(run, tmp_path, mo
     assert ((push > 0) == (loss > loss.nanmean()))[push.isfinite()].all() and push.isfinite().sum() > 5
     assert torch.equal(push.isfinite(), loss.isfinite() & (a <= 0))  # what reaches the masker
     assert torch.equal(y.flatten().topk(16).indices.sort()[0], loss.flatten().isnan().nonzero()[:, 0])
-    for column, high in ((5, "orange"), (6, "blue")):  # as the note below the picture says
+    for column, sign in ((5, 1), (6, -1)):  # as the note below says: a high loss is orange, a push up is blue
         (image,) = visualize.plt.gcf().axes[column].images
         red, _, blue, _ = image.to_rgba(image.get_clim()).T  # of the lowest and the highest value
-        assert blue[1] > red[1] and red[0] > blue[0] if high == "blue" else red[1] > blue[1] and blue[0] > red[0]
+        low, high = sign * (red - blue)
+        assert low < 0 < high
 
 
 def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_path, shown):
@@ -976,6 +980,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
     [
         (["--patch-size", 5], "patch_size 5 must divide the image size 32 x 32"),
         (["--mask-ratio", 0.999], "mask_ratio 0.999 leaves 0 of 64 patches visible"),
+        (["--mask-ratio", 0], "mask_ratio 0.0 leaves 64 of 64"),
         (["--mask-ratio", 1.5], "1.5 is not between 0 and 1"),
         (["--data", "cifar11"], "cifar11 is neither shapes, cifar10"),
         (["--batch-size", 65], "--batch-size 65 is more than the 64 training images"),
@@ -992,6 +997,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
         (["--resume", "nowhere"], "nowhere is no run"),
         (["--resume", ""], "is no run"),
         (["--evaluate", ""], "is no run"),
+        (["--finetune", "nowhere"], "nowhere is no run"),
         (["--finetune", ""], "is no run"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
@@ -1074,13 +1080,19 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, capsys):
     file, whole, saved = tmp_path / "checkpoint.pt", (run / "checkpoint.pt").read_bytes(), weights(run)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1  # one bit of some weight
-    for option, content in (("--evaluate", b""), ("--resume", whole[:5000]), ("--evaluate", flipped)):
-        file.write_bytes(content)
-        assert f"{file} is damaged or not a checkpoint" in run_fails(capsys, option, tmp_path)
     some = {name: saved[name] for name in ("config", "model", "options")}
-    for content, message in ((some, "it has no N, epoch, log"), (saved | {"log": 5}, "it has no log")):
-        torch.save(content, file)
-        assert message in run_fails(capsys, tmp_path, main=visualize.main)
+    for content, message in (
+        (b"", "damaged or not a checkpoint"),
+        (whole[:5000], "damaged or not a checkpoint"),
+        (flipped, "damaged or not a checkpoint"),
+        ({"weights": torch.zeros(3)}, "damaged or not a checkpoint"),
+        (some, "it has no N, epoch, log"),
+        (saved | {"log": 5}, "it has no log"),
+    ):
+        torch.save(content, file) if isinstance(content, dict) else file.write_bytes(content)
+        for main, *words in ((train.main, "--evaluate"), (train.main, "--resume"), (visualize.main,)):
+            error = run_fails(capsys, *words, tmp_path, main=main)
+            assert f"{file} is" in error and message in error
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -1098,9 +1110,10 @@ def test_a_failed_download_says_how_to_use_local_images(tmp_path, capsys, monkey
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    error = run_fails(capsys, *options("--data", "cifar10", "--data-dir", tmp_path))
-    assert "no route to host" in error and "--data PATH" in error
+    for name in ("CIFAR10", "Imagenette"):
+        monkeypatch.setattr(torchvision.datasets, name, no_network)
+        error = run_fails(capsys, *options("--data", name.lower(), "--data-dir", tmp_path))
+        assert "no route to host" in error and "--data PATH" in error
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, capsys, monkeypatch, no_figures):
