@@ -636,7 +636,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kappa", 2.0, "strength of the masks at |lambda| = 1; the sampler's noise has a std of 1.28", 1e-6)
     add("--tau", 1.0, "temperature of the straight-through gradient", 1e-6)
     group = parser.add_argument_group("training")
-    add("--epochs", 15, "passes over the training images", 1)
+    add("--epochs", 10, "passes over the training images", 1)
     add("--batch-size", 64, "images a step", 1)
     add("--lr", 4e-3, "peak learning rate for 256 images a step; it scales with the batch", 0)
     add("--weight-decay", 0.05, "of matrices; biases, norms and tokens have none", 0)
