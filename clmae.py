@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.register_buffer("pos_embed", sincos_positions(c.grid, c.dim))  # (1, 1+L, D)
         self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.dim)
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
+        self.blocks = nn.Sequential(*(Block(c.dim, c.heads) for _ in range(c.depth)))
         self.norm = nn.LayerNorm(c.dim, eps=1e-6)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -201,9 +201,7 @@ class Encoder(nn.Module):
             x = x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, D): the others are never seen
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1+K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
 
 class Decoder(nn.Module):
@@ -214,7 +212,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(c.dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
         self.register_buffer("pos_embed", sincos_positions(c.grid, c.decoder_dim))  # (1, 1+L, Dd)
-        self.blocks = nn.ModuleList(Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth))
+        self.blocks = nn.Sequential(*(Block(c.decoder_dim, c.decoder_heads) for _ in range(c.decoder_depth)))
         self.norm = nn.LayerNorm(c.decoder_dim, eps=1e-6)
         self.pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
 
@@ -224,9 +222,7 @@ class Decoder(nn.Module):
         cls, z = z[:, :1], z[:, 1:]
         x = self.mask_token.to(z.dtype).expand(z.shape[0], self.pos_embed.shape[1] - 1, -1)  # (B, L, Dd)
         x = x.scatter(1, ids[..., None].expand_as(z), z)  # visible features at their places
-        x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, 1+L, Dd)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(torch.cat([cls, x], dim=1) + self.pos_embed)  # (B, 1+L, Dd)
         return self.pred(self.norm(x[:, 1:]))
 
 
@@ -244,14 +240,12 @@ class Masker(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.embed = nn.Linear(c.dim, c.masker_dim)
-        self.blocks = nn.ModuleList(Block(c.masker_dim, c.masker_heads) for _ in range(c.masker_depth))
+        self.blocks = nn.Sequential(*(Block(c.masker_dim, c.masker_heads) for _ in range(c.masker_depth)))
         self.norm = nn.LayerNorm(c.masker_dim, eps=1e-6)
         self.score = nn.Linear(c.masker_dim, 1, bias=False)  # the mean is taken out: a bias would do nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)  # (B, L, Dm)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.embed(x))  # (B, L, Dm)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round scores into ties
             a = self.score(self.norm(x.to(self.score.weight.dtype))).squeeze(-1).float()  # (B, L)
         a = a - a.mean(1, keepdim=True)
@@ -327,7 +321,7 @@ class CLMAE(nn.Module):
 
     def standardise(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) of values 0 to 255, as stored, to what the model reads: each channel of mean 0, std 1."""
-        return (images.float() - self.mean) / self.std
+        return (images.to(self.mean.device).float() - self.mean) / self.std
 
     def encode(self, images: Tensor) -> Tensor:
         """Features (B, 1+L, D) of whole standardised images (B, C, H, W): never masked, normalised, CLS first."""

@@ -539,8 +539,8 @@ def test_a_folder_of_any_images_becomes_one_tensor(tmp_path):
         save_images(tmp_path / "mixed", 2, mode, (40, 24))
     save_images(tmp_path / "mixed", 20, "RGB", (19, 33))
     (tmp_path / "mixed" / "._thumb.png").write_text("not an image: hidden")
-    (tmp_path / "mixed" / ".cache").mkdir()
-    assert train.is_image("a.GIF") and not train.is_image("a.txt")
+    save_images(tmp_path / "mixed" / ".thumbnails", 5)
+    assert train.is_image("/a/b.GIF", "/a") and not train.is_image("/a/b.txt", "/a")
     data = train.load_data(arguments("--data", tmp_path / "mixed", "--image-size", 16))
     assert data.train.shape == (31, 3, 16, 16) and data.val.shape == (3, 3, 16, 16) and data.classes == []
     assert data.train.float().flatten(1).std(1).min() > 5  # none is blank
@@ -599,11 +599,12 @@ def test_imagenette_is_read_as_it_is_downloaded(tmp_path, monkeypatch):
     assert data.train_labels.bincount().tolist() == [6, 6]
 
 
-def test_shapes_hold_out_others_and_train_on_the_same(monkeypatch):
-    monkeypatch.setattr(train, "shapes", lambda n, size, seed: (torch.arange(n) + 10**6 * seed,) * 3)
-    whole, tuned = (train.load_data(arguments("--holdout", n)) for n in (0, 500))
-    assert torch.equal(whole.train, tuned.train) and len(tuned.val) == 500
-    assert not any(torch.isin(data.val, data.train).any() for data in (whole, tuned))
+def test_shapes_hold_out_others():
+    for words in ((), ("--holdout", 40)):
+        data = train.load_data(arguments("--images", 60, *words))
+        assert len(data.train) == 60 and len(data.val) == len(data.objects) == (40 if words else 2000)
+        seen, held_out = ({image.numpy().tobytes() for image in images} for images in (data.train, data.val))
+        assert len(seen) == 60 and not seen & held_out
 
 
 def test_the_held_out_part_is_not_the_training_part(monkeypatch):

@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import visualize
 from clmae import CLMAE, Config, curriculum_factor, load, patchify
@@ -137,8 +137,8 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     if args.batch_size > len(train[0]):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train[0])} training images")
     room = torch.cuda.mem_get_info()[0] / 2 if torch.device(device).type == "cuda" else math.inf
-    images = train[0].to(device) if train[0].nbytes < room else train[0]  # else each batch is moved
-    return Data(images, train[1], classes, *val)
+    place = device if train[0].nbytes + val[0].nbytes < room else "cpu"  # from where each batch is moved
+    return Data(train[0].to(place), train[1].to(place), classes, val[0].to(place), *val[1:])
 
 
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "pair"]
@@ -198,7 +198,7 @@ def open_data(name: str, root: str) -> list:
     if "train" in folders and not held and len(folders) > 1:
         raise ValueError(f"{name} has train/ without val/ or test/; if it is no class: --data {folders['train']}")
     paths = [folders["train"], *held] if "train" in folders else [name]
-    return [Folder(path, loader=open_image, is_valid_file=is_image) for path in paths]
+    return [Folder(path, None, None, open_image, lambda file, path=path: is_image(file, path)) for path in paths]
 
 
 class Folder(datasets.ImageFolder):
@@ -206,7 +206,7 @@ class Folder(datasets.ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
-        flat = [entry for entry in os.scandir(directory) if is_image(entry.path)]
+        flat = [entry for entry in os.scandir(directory) if is_image(entry.path, directory)]
         if flat and classes:
             raise ValueError(f"{directory} has {len(flat)} images beside folders ({', '.join(classes)[:99]})")
         if not flat and not classes:
@@ -214,8 +214,9 @@ class Folder(datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)} or {"": -1}
 
 
-def is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and os.path.basename(path)[0] != "."
+def is_image(path: str, folder: str) -> bool:
+    hidden = any(name.startswith(".") for name in Path(os.path.relpath(path, folder)).parts)  # as .thumbnails/a.jpg
+    return path.lower().endswith(SUFFIXES) and not hidden
 
 
 def open_image(path: str) -> Image.Image:
@@ -241,29 +242,23 @@ def read_images(part, size: tuple[int, int], n: int | None = None) -> tuple[Tens
         image, labels[i] = part[order[i]]
         images[i] = pil_to_tensor(ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BILINEAR))
 
-    pool = ThreadPoolExecutor()
-    try:
-        list(tqdm(pool.map(read, range(len(order))), "decoding", len(order), leave=False, disable=None))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C or a broken image the rest need not be read
+    thread_map(read, range(len(order)), desc="decoding", leave=False, disable=None)
     return images, labels
 
 
 def batches(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.Optimizer, epoch: int) -> tqdm:
     """An epoch's batches: indices (B,) and standardised crops (B, 3, H, W); sets the learning rate for each of them."""
     N, B = len(data.train), args.batch_size
-    order, steps = torch.randperm(N).to(data.train.device), N // B
+    order = torch.randperm(N).to(data.train.device).split(B)
+    steps = N // B if epoch else 0  # the last, incomplete batch is dropped
 
     def batch(i: int) -> tuple[Tensor, Tensor]:
         lr = args.lr * B / 256 * lr_factor(epoch - 1 + i / steps, args.epochs, args.warmup_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        ids = order[i * B : (i + 1) * B]
-        images = model.standardise(data.train[ids].to(model.mean.device))
-        return ids, augment(images, args.min_crop)
+        return order[i], augment(model.standardise(data.train[order[i]]), args.min_crop)
 
-    indices = range(steps if epoch else 0)
-    return tqdm(map(batch, indices), f"epoch {epoch}/{args.epochs}", len(indices), leave=False, disable=None)
+    return tqdm(map(batch, range(steps)), f"epoch {epoch}/{args.epochs}", steps, leave=False, disable=None)
 
 
 def augment(images: Tensor, min_crop: float) -> Tensor:
@@ -271,7 +266,7 @@ def augment(images: Tensor, min_crop: float) -> Tensor:
 
     The crop covers min_crop to 1 of the area, its side ratio is 3/4 to 4/3 as far as that fits, as in MAE's recipe.
     """
-    B, _, H, W = images.shape
+    B = len(images)
     u = torch.rand(5, B, device=images.device)
     area = min_crop + (1 - min_crop) * u[0]  # (B,), as a fraction
     widest = (-area.log()).clamp(max=math.log(4 / 3))  # log of the side ratio; a large crop has to be nearly square
@@ -281,7 +276,7 @@ def augment(images: Tensor, min_crop: float) -> Tensor:
     theta = torch.zeros(B, 2, 3, device=images.device)  # output to input coordinates, both in [-1, 1]
     theta[:, 0, 0], theta[:, 0, 2] = w * flip, (1 - w) * (2 * u[2] - 1)
     theta[:, 1, 1], theta[:, 1, 2] = h, (1 - h) * (2 * u[3] - 1)
-    grid = F.affine_grid(theta, [B, 1, H, W], align_corners=True)  # (B, H, W, 2)
+    grid = F.affine_grid(theta, images.shape, align_corners=True)  # (B, H, W, 2)
     return F.grid_sample(images, grid, align_corners=True)
 
 
@@ -331,7 +326,7 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
 
 def pick_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, or the best there is. bfloat16 matmuls, --amp, are the default on CUDA only."""
-    name = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    name = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -360,11 +355,10 @@ def measure(model: CLMAE, data: Data, lam: Tensor | float, first: bool, knn: boo
     """A log's figures on held-out images at this lambda, and the scores (500, L) of the first of them.
 
     hardness = loss under the learned masks / loss under random masks, with the same noise: below 1 the masker helps,
-    above 1 it opposes. diversity and objects: see there. knn: see knn_accuracy. The first record has floors as well:
-    loss_trivial, of predicting each patch's own mean; knn_pixels, of raw pixels; objects_contrast, of hiding patches of
-    high contrast.
+    above 1 it opposes. The first record has floors as well: loss_trivial, of predicting each patch's own mean;
+    knn_pixels, of raw pixels; objects_contrast, of hiding patches of high contrast.
     """
-    images, p = model.standardise(data.val[:500].to(model.mean.device)), model.config.patch_size
+    images, p = model.standardise(data.val[:500]), model.config.patch_size
     random, learned = (model(images, x, torch.Generator(images.device).manual_seed(0)) for x in (0.0, lam))
     losses = [((o.patch_loss * o.mask).sum() / o.mask.sum()).item() for o in (random, learned)]
     figures = {"loss_random": losses[0], "hardness": losses[1] / losses[0]}
@@ -409,22 +403,18 @@ def objects(scores: Tensor, where: Tensor, patch_size: int) -> float:
 
 
 @torch.no_grad()
-def encode(f, images: Tensor, device: torch.device) -> Tensor:
-    """f of uint8 images (n, 3, H, W), a few at a time: as many as a CPU's cache holds."""
-    return torch.cat([f(x.to(device)) for x in images.split(64 if device.type == "cpu" else 1000)])
+def encode(model: CLMAE | None, images: Tensor) -> Tensor:
+    """Features (n, D) of uint8 images (n, 3, H, W); without a model their pixels, shrunk to 32 x 32 if larger."""
+    parts = images.split(64 if images.is_cpu else 1000)  # as many as a CPU's cache holds
+    if model is None:
+        small = [min(32, side) for side in images.shape[2:]]
+        return torch.cat([F.adaptive_avg_pool2d(x.float(), small).flatten(1) for x in parts])
+    return torch.cat([model.features(model.standardise(x)) for x in parts])
 
 
 def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and (M, D) of the training and the held-out images, each of the D z-scored on the former.
-
-    Without a model, the floor: the pixels, shrunk to 32 x 32 if larger.
-    """
-    if model is None:
-        small = [min(32, side) for side in data.train.shape[2:]]
-        device, f = data.train.device, lambda x: F.adaptive_avg_pool2d(x.float(), small).flatten(1)
-    else:
-        device, f = model.mean.device, lambda x: model.features(model.standardise(x))
-    train, val = (encode(f, images, device) for images in (data.train, data.val))
+    """`encode` of the training (N, D) and the held-out images (M, D), each of the D z-scored on the former."""
+    train, val = encode(model, data.train), encode(model, data.val)
     mean, std = train.mean(0), train.std(0) + 1e-6
     return (train - mean) / std, (val - mean) / std
 
@@ -432,13 +422,12 @@ def vectors(model: CLMAE | None, data: Data) -> tuple[Tensor, Tensor]:
 def knn_accuracy(train: Tensor, val: Tensor, data: Data, k: int = 20) -> float:
     """Accuracy in % of k nearest neighbours by cosine of features (N, D), votes exp(cosine / 0.07)."""
     train, val = F.normalize(train), F.normalize(val)
-    labels, right = data.train_labels.to(train.device), 0
-    for z, label in zip(val.split(1000), data.val_labels.to(train.device).split(1000), strict=True):
+    labels = data.train_labels.to(train.device)
+    votes = torch.zeros(len(val), len(data.classes), device=val.device)  # (M, classes)
+    for z, vote in zip(val.split(1000), votes.split(1000), strict=True):
         cosine, ids = (z @ train.T).topk(min(k, len(train)), dim=1)  # (1000, k)
-        votes = torch.zeros(len(z), len(data.classes), device=z.device)
-        votes.scatter_add_(1, labels[ids], (cosine / 0.07).exp())  # (1000, classes)
-        right += int((votes.argmax(1) == label).sum())
-    return 100 * right / len(val)
+        vote.scatter_add_(1, labels[ids], (cosine / 0.07).exp())
+    return accuracy(votes, data)
 
 
 def linear_probe(train: Tensor, val: Tensor, data: Data) -> float:
@@ -460,7 +449,7 @@ def linear_probe(train: Tensor, val: Tensor, data: Data) -> float:
 
 def accuracy(logits: Tensor, data: Data) -> float:
     """In %, of logits (M, classes) for the held-out images."""
-    return 100 * (logits.argmax(1).cpu() == data.val_labels).float().mean().item()
+    return 100 * (logits.argmax(1).cpu() == data.val_labels).double().mean().item()
 
 
 def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
@@ -471,30 +460,28 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
     device, encoder = model.mean.device, model.encoder
     head = nn.Linear(model.config.dim, len(data.classes), device=device)
     nn.init.trunc_normal_(head.weight, std=0.02)
-    stages = [[encoder.norm, head], *([block] for block in reversed(encoder.blocks)), [encoder.patch_embed]]
+    stages = [nn.ModuleList([head, encoder.norm]), *reversed(encoder.blocks), encoder.patch_embed]
     groups = decayed([encoder.cls_token], args.weight_decay, lr_scale=0.75 ** (len(stages) - 1))
     for depth, stage in enumerate(stages):
-        parameters = [p for part in stage for p in part.parameters()]
-        groups += decayed(parameters, args.weight_decay, lr_scale=0.75**depth)
+        groups += decayed(stage.parameters(), args.weight_decay, lr_scale=0.75**depth)
     optimizer = torch.optim.AdamW(groups, fused=True)
     features = torch.compile(model.features) if args.compile else model.features
-    labels = data.train_labels.to(data.train.device)
     for epoch in range(1, args.epochs + 1):
         for ids, images in batches(args, data, model, optimizer, epoch):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = head(features(images))  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels[ids].to(device), label_smoothing=0.1)
+            loss = F.cross_entropy(logits.float(), data.train_labels[ids].to(device), label_smoothing=0.1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         if not loss.isfinite():
             raise ValueError(f"the loss of fine-tuning became {loss.item()} in epoch {epoch}; try a lower --lr")
-    return accuracy(encode(lambda x: head(model.features(model.standardise(x))), data.val, device), data)
+    return accuracy(head(encode(model, data.val)), data)
 
 
-def evaluate(args: argparse.Namespace, model: CLMAE, record: dict, run: str):
+def evaluate(args: argparse.Namespace, model: CLMAE, record: dict):
     """--evaluate, or --finetune: a run's encoder, and beside it the floors."""
-    file = Path(run, "evaluation.json")
+    file = Path(args.out, "evaluation.json")
     results = json.loads(file.read_text()) if file.exists() else {}  # before the work: if it fails, nothing is lost
     device = pick_device(args)
     data = load_data(args, device)
@@ -503,12 +490,11 @@ def evaluate(args: argparse.Namespace, model: CLMAE, record: dict, run: str):
     torch.manual_seed(args.seed)
     untrained = CLMAE(model.config)
     untrained.mean, untrained.std = model.mean, model.std
-    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device)}
+    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device), "pixels": None}
     told = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
-    if args.finetune is None:
-        encoders["pixels"] = None
-    else:
+    if args.finetune is not None:
         told["finetune_epochs"] = args.epochs
+        del encoders["pixels"]  # have no weights to tune
     for name, encoder in encoders.items():
         if args.finetune is None:
             both = vectors(encoder, data)
@@ -533,7 +519,7 @@ def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.op
         rng[kind] = torch.get_device_module(kind).get_rng_state()
     told = {"options": vars(args), "config": asdict(model.config), "N": len(data.train), "epoch": len(log) - 1}
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}
-    told |= {"log": log, "scores": scores, "images": data.val[:8].clone()}
+    told |= {"log": log, "scores": scores, "images": data.val[:8].cpu().clone()}
     torch.save(told | state, buffer := io.BytesIO())
     replace(Path(args.out, "checkpoint.pt"), buffer.getbuffer())
     replace(Path(args.out, "log.jsonl"), "".join(json.dumps(figures) + "\n" for figures in log).encode())
@@ -563,22 +549,22 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
     args.patch_size = args.patch_size or 4
     images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
     lam, timers, flops = torch.tensor(-0.5, device=device), {}, {}
+
+    def step(forward, model: CLMAE, optimizer: torch.optim.Optimizer):
+        x = augment(model.standardise(images), args.min_crop)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            loss = forward(x, lam).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     for args.masking in ("random", "curriculum"):
         model, optimizer = build(args, size, device)
-
-        def step(forward, model=model, optimizer=optimizer):
-            x = augment(model.standardise(images), args.min_crop)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                loss = forward(x, lam).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
         with FlopCounterMode(display=False) as counter:
-            step(model)
+            step(model, model, optimizer)
         flops[args.masking] = counter.get_total_flops()
-        used = {"step": step, "forward": torch.compile(model) if args.compile else model}
-        timers[args.masking] = Timer("step(forward)", globals=used, num_threads=torch.get_num_threads())
+        used = {"step": step, "all": (torch.compile(model) if args.compile else model, model, optimizer)}
+        timers[args.masking] = Timer("step(*all)", globals=used, num_threads=torch.get_num_threads())
     turns = [[t.timeit(1 if device.type == "cpu" else 10).mean for t in timers.values()] for _ in range(repeats)]
     seconds = torch.tensor(turns).T  # (2, repeats)
     ratios = (seconds / seconds[0]).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1).T.tolist()
@@ -678,11 +664,11 @@ def main(argv: list[str] | None = None):
                 saved |= FINETUNE if args.finetune is not None else {}
                 free |= {"amp", "seed", "weight_decay", *FINETUNE}
             args = parser.parse_args(argv, argparse.Namespace(**saved))
-            for name in saved.keys() - free:
+            for name in sorted(saved.keys() - free):
                 if (given := getattr(args, name)) != saved[name]:
                     raise ValueError(f"--{name.replace('_', '-')} {given}: {run} has {saved[name]}, and keeps it")
             if args.resume is None:
-                return evaluate(args, model, record, run)
+                return evaluate(args, model, record)
         else:
             if args.masking == "random":
                 args.lambda_start = args.lambda_end = 0.0  # there is no masker: neutral in the log and the figures
