@@ -285,7 +285,7 @@ def gumbel_top_k(
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
     """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
 
-    CL-MAE, Sec. 3: it multiplies the masker's loss there, its gradient here, and never the MAE's.
+    CL-MAE, Sec. 3: there it multiplies the masker's loss, here its gradient and, as |lambda|, its scores.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} must be between 0 and 1")
@@ -295,7 +295,7 @@ def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) ->
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    loss: Tensor  # (), the one to call backward() on: the mean of patch_loss over the masked patches
+    loss: Tensor  # (), the one to call backward() on: the mean of patch_loss over the masked patches in value
     pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
     mask: Tensor  # (B, L), 1 = masked, 0 = visible; carries the masker's gradient
     scores: Tensor  # (B, L), s; zeros without a masker
@@ -358,10 +358,10 @@ class CLMAE(nn.Module):
         c = self.config
         x = self.encoder.embed(images)  # (B, L, D)
 
-        # 1. The masker scores every token. detach: it must not teach the patch embedding. clamp: it may only hide.
-        #    About half of the tokens have a < 0 and are hidden more often than the others, which share s = 0 and pass
-        #    no gradient on to the masker. |lam|: AdamW divides the size of a gradient out, and with it that of lam. So
-        #    lam also scales the scores, and with them how far masks depart from random ones.
+        # 1. The masker scores every token. detach: it must not teach the patch embedding. clamp: it may only hide;
+        #    features were worse when it could also show. About half of the tokens have a < 0 and are hidden more often
+        #    than the others, which share s = 0 and pass no gradient on. |lam|: AdamW divides the size of a gradient out,
+        #    and with it that of lam. So lam also scales the scores: how far masks depart from random ones.
         scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
         if self.masker is not None:
             a = self.masker(x.detach())  # (B, L)
@@ -398,8 +398,8 @@ class CLMAE(nn.Module):
         return self.decoder(self.encoder(self.encoder.embed(images), ids), ids)
 
     def mask_probability(self, scores: Tensor, samples: int = 1000) -> Tensor:
-        """The chance (N, L) of every patch to be masked, given scores (N, L), by sampling."""
-        repeated = scores.expand(samples, -1, -1).flatten(0, 1)  # (samples * N, L)
+        """The chance (B, L) of every patch to be masked, given scores (B, L), by sampling."""
+        repeated = scores.expand(samples, -1, -1).flatten(0, 1)  # (samples * B, L)
         generator = torch.Generator(scores.device).manual_seed(0)
         _, hard, _ = gumbel_top_k(repeated, self.config.visible, generator=generator)
         return 1 - hard.reshape(samples, *scores.shape).mean(0)
@@ -420,7 +420,7 @@ RECORD |= {"model": dict, "optimizer": dict, "rng": dict}
 
 
 def load(run: str | Path) -> tuple[CLMAE, dict]:
-    """The model of a run folder, on the CPU, ready for `model.encode(model.standardise(images))`, and its RECORD.
+    """The model of a run folder, on the CPU, ready for `model.features(model.standardise(images))`, and its RECORD.
 
     Raises ValueError if the folder has no checkpoint, or a damaged one.
     """
@@ -454,7 +454,7 @@ def tour():
     torch.manual_seed(0)
     c = Config(image_size=16, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
     model, images = CLMAE(c), torch.randn(2, 3, 16, 16)
-    print(f"1. Forward, over noise. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
+    print(f"1. Forward, on noise. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
     show("images", images, "standardised pixels")
     show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
     x = model.encoder.embed(images)
@@ -472,7 +472,7 @@ def tour():
     show("pred", model.decoder(z, ids), "every patch, predicted")
 
     print("\n2. The same step, with the same noise, at five lambdas: one loss, two gradients\n")
-    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of its last layer")
+    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of masker.score")
     push = {}
     for lam in (1.0, 0.5, 0.0, -0.5, -1.0):
         model.zero_grad()
@@ -490,13 +490,15 @@ def tour():
     print("\n3. What that tells the masker about each patch of the first image\n")
     print("patch   raw a   score s   soft           patch loss   push, lambda = +1   push, lambda = -1")
     for i in range(c.patches):
-        state = "visible      -   " if hard[0, i] else f"masked  {output.patch_loss[0, i]:9.3f}"
-        pushes = f"{push[1.0][i]:+20.2f}{push[-1.0][i]:+20.2f}"
+        state, pushes = f"masked  {output.patch_loss[0, i]:9.3f}", f"{push[1.0][i]:+20.2f}{push[-1.0][i]:+20.2f}"
+        if hard[0, i]:
+            state, pushes = "visible", ""
+        elif a[0, i] > 0:
+            pushes = "   stopped by the clamp"
         print(f"{i:5d}{a[0, i]:+8.2f}{scores[0, i]:+10.2f}{soft[0, i]:7.2f}   {state}{pushes}")
     mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print("\npush = -1000 dL/ds, where descent moves the score; where a > 0 the clamp stops it before the masker.")
-    print(f"A masked patch with a loss above the mean, {mean:.3f}, is shown more often by the partner (+1)")
-    print("and hidden more often by the adversary (-1).")
+    print("\npush = -1000 dL/ds, where descent moves the score. Masked patches with a < 0 and a loss above the mean,")
+    print(f"{mean:.3f}, will be shown more often by the partner (+1), hidden more often by the adversary (-1).")
 
 
 if __name__ == "__main__":

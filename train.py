@@ -1,11 +1,11 @@
 """Train a CL-MAE, or a plain MAE with --masking random, on one device, and evaluate its features.
 
     python train.py                                  # generated shapes: no download, no GPU, minutes
-    python train.py --data cifar10 --model tiny      # or cifar100, imagenette, or the path of an image folder
+    python train.py --data cifar10 --model tiny      # for a GPU; or cifar100, imagenette, the path of an image folder
     python train.py --resume runs/cifar10            # go on after an interruption
     python train.py --evaluate runs/cifar10          # kNN and linear probe; --finetune trains the encoder as well
 
-An image folder is flat, without labels, or has a sub-folder per class; so have its train/ and val/ or test/, if any.
+An image folder is flat, without labels, or has a sub-folder per class; so do its train/ and val/ or test/, if any.
 A run is a folder: checkpoint.pt, replaced after each epoch; log.jsonl; the figures of visualize.py; evaluation.json.
 """
 
@@ -47,7 +47,7 @@ DATASETS = {
     "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
 }
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
-FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # its own defaults
+FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # --finetune's defaults
 
 
 def train(args: argparse.Namespace, record: dict | None = None):
@@ -250,7 +250,7 @@ def batches(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch
     """An epoch's batches: indices (B,) and standardised crops (B, 3, H, W); sets the learning rate for each of them."""
     N, B = len(data.train), args.batch_size
     order = torch.randperm(N).to(data.train.device).split(B)
-    steps = N // B if epoch else 0  # the last, incomplete batch is dropped
+    steps = N // B if epoch else 0
 
     def batch(i: int) -> tuple[Tensor, Tensor]:
         lr = args.lr * B / 256 * lr_factor(epoch - 1 + i / steps, args.epochs, args.warmup_epochs)
@@ -326,7 +326,7 @@ def begin(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.o
 
 def pick_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, or the best there is. bfloat16 matmuls, --amp, are the default on CUDA only."""
-    name = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -607,8 +607,13 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     add("--data", "shapes", f"shapes (generated), {', '.join(DATASETS)} (downloaded), or the path of an image folder")
     add("--data-dir", "data", "where downloads go")
-    add("--images", None, "use only so many of the training images", 1)
-    add("--image-size", None, "HEIGHTxWIDTH or a side; default: the first image's smaller side, up to 224", type=pixels)
+    add("--images", None, "use so many of the training images; shapes: draw so many, by default 10,000", 1)
+    add(
+        "--image-size",
+        None,
+        "HxW or a side; default: a square of the first image's smaller side, up to 224",
+        type=pixels,
+    )
     add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning", 0)
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
@@ -634,7 +639,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=toggle)
     add("--compile", False, "torch.compile the model", action="store_true")
     add("--knn-every", 5, "epochs from one kNN evaluation to the next", 1)
-    add("--out", None, "run folder; default runs/ and the name of the data")
+    add("--out", None, "run folder; default runs/ and the name of the data, with -random if masks are")
     add("--overwrite", False, "replace the run in that folder", action="store_true")
     group = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     add("--resume", None, "go on with an interrupted run", metavar="RUN")
