@@ -115,7 +115,7 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     parts = [] if args.data == "shapes" else open_data(args.data, args.data_dir)
     first = parts[0][0][0].size if parts else (32, 32)  # of an image
     side = min(args.image_size or (224, *first))
-    args.patch_size = args.patch_size or (4 if side < 64 else 8 if side < 128 else 16)
+    args.patch_size = args.patch_size or default_patch_size(side)
     if side < args.patch_size:
         raise ValueError(f"the images are only {side} pixels wide or high, less than a patch; see --image-size")
     size = args.image_size or ((side - side % args.patch_size,) * 2 if parts else first)
@@ -139,6 +139,10 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     room = torch.cuda.mem_get_info()[0] / 2 if torch.device(device).type == "cuda" else math.inf
     place = device if train[0].nbytes + val[0].nbytes < room else "cpu"  # from where each batch is moved
     return Data(train[0].to(place), train[1].to(place), classes, val[0].to(place), *val[1:])
+
+
+def default_patch_size(side: int) -> int:
+    return 4 if side < 64 else 8 if side < 128 else 16
 
 
 SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "pair"]
@@ -546,7 +550,7 @@ def benchmark(args: argparse.Namespace, repeats: int = 20):
     from torch.utils.benchmark import Timer  # slow to import
 
     device, size, B = pick_device(args), args.image_size or (32, 32), args.batch_size
-    args.patch_size = args.patch_size or 4
+    args.patch_size = args.patch_size or default_patch_size(min(size))
     images = torch.randint(0, 256, (B, 3, *size), dtype=torch.uint8, device=device)
     lam, timers, flops = torch.tensor(-0.5, device=device), {}, {}
 
@@ -608,12 +612,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", "shapes", f"shapes (generated), {', '.join(DATASETS)} (downloaded), or the path of an image folder")
     add("--data-dir", "data", "where downloads go")
     add("--images", None, "use so many of the training images; shapes: draw so many, by default 10,000", 1)
-    add(
-        "--image-size",
-        None,
-        "HxW or a side; default: a square of the first image's smaller side, up to 224",
-        type=pixels,
-    )
+    add("--image-size", None, "HxW or a side; default: square, the first image's smaller side, up to 224", type=pixels)
     add("--holdout", 0, "evaluate on so many other training images, not on val/ or test/: for tuning", 0)
     group = parser.add_argument_group("model")
     add("--model", "nano", "nano (a CPU in minutes), tiny (ViT-Tiny), small (ViT-Small)", choices=list(MODELS))
