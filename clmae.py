@@ -360,8 +360,8 @@ class CLMAE(nn.Module):
 
         # 1. The masker scores every token. detach: it must not teach the patch embedding. clamp: it may only hide;
         #    features were worse when it could also show. About half of the tokens have a < 0 and are hidden more often
-        #    than the others, which share s = 0 and pass no gradient on. |lam|: AdamW divides the size of a gradient out,
-        #    and with it that of lam. So lam also scales the scores: how far masks depart from random ones.
+        #    than the others, which share s = 0 and pass no gradient on. |lam|: AdamW divides a gradient's size out, and
+        #    with it that of lam. So lam also scales the scores: how far masks depart from random ones.
         scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
         if self.masker is not None:
             a = self.masker(x.detach())  # (B, L)
