@@ -409,7 +409,8 @@ def objects(scores: Tensor, where: Tensor, patch_size: int) -> float:
 @torch.no_grad()
 def encode(model: CLMAE | None, images: Tensor) -> Tensor:
     """Features (n, D) of uint8 images (n, 3, H, W); without a model their pixels, shrunk to 32 x 32 if larger."""
-    parts = images.split(64 if images.is_cpu else 1000)  # as many as a CPU's cache holds
+    device = (images if model is None else model.mean).device  # the images' may be another, see load_data
+    parts = images.split(64 if device.type == "cpu" else 1000)  # as many as a CPU's cache holds
     if model is None:
         small = [min(32, side) for side in images.shape[2:]]
         return torch.cat([F.adaptive_avg_pool2d(x.float(), small).flatten(1) for x in parts])
@@ -494,11 +495,12 @@ def evaluate(args: argparse.Namespace, model: CLMAE, record: dict):
     torch.manual_seed(args.seed)
     untrained = CLMAE(model.config)
     untrained.mean, untrained.std = model.mean, model.std
-    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device), "pixels": None}
+    encoders = {"pretrained": model.to(device), "random_init": untrained.to(device)}
     told = {"pretrained_epochs": record["epoch"], "train_images": len(data.train), "held_out": len(data.val)}
-    if args.finetune is not None:
+    if args.finetune is None:
+        encoders["pixels"] = None
+    else:
         told["finetune_epochs"] = args.epochs
-        del encoders["pixels"]  # have no weights to tune
     for name, encoder in encoders.items():
         if args.finetune is None:
             both = vectors(encoder, data)
