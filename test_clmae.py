@@ -3,6 +3,7 @@
 No test needs a network, a GPU or a data set: the images are generated.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -664,8 +665,10 @@ def test_fine_tuning_learns_and_moves_the_first_layers_least(monkeypatch):
     data, model = train.Data(images, labels, ["plain", "striped"], images[:64], labels[:64]), CLMAE(small())
     optimizers, batches = [], train.batches
     monkeypatch.setattr(train, "batches", lambda *args: optimizers.append(args[3]) or batches(*args))
-    before = model.encoder.patch_embed.proj.weight.clone()
-    assert train.finetune(model, data, arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2, "--no-amp")) == 100
+    before, twin = model.encoder.patch_embed.proj.weight.clone(), copy.deepcopy(model)
+    for m in (model, twin):  # the second meets the same head, order and crops
+        assert train.finetune(m, data, arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2, "--no-amp")) == 100
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
     scale = {id(p): group["lr_scale"] for group in optimizers[0].param_groups for p in group["params"]}
     encoder = model.encoder
     assert not torch.equal(encoder.patch_embed.proj.weight, before) and encoder.norm.weight.grad is None

@@ -462,6 +462,7 @@ def finetune(model: CLMAE, data: Data, args: argparse.Namespace) -> float:
 
     AdamW, a learning rate that shrinks by 0.75 a block from the head down (MAE, appendix A.2), label smoothing 0.1.
     """
+    torch.manual_seed(args.seed)  # each encoder gets the same head, order and crops
     device, encoder = model.mean.device, model.encoder
     head = nn.Linear(model.config.dim, len(data.classes), device=device)
     nn.init.trunc_normal_(head.weight, std=0.02)
