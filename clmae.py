@@ -8,9 +8,9 @@ from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide
                             |                 ^
                             +-> Masker -> scores -> gumbel_top_k
 
-Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width, lam the factor lambda. Of a patch:
-a the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible, soft its differentiable stand-in,
-mask 1 - hard in value, patch_loss its error. ids are the K visible patches.
+Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width (Dd the decoder's, Dm the masker's),
+lam the factor lambda. Of a patch: a the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
+soft its differentiable stand-in, mask 1 - hard in value, patch_loss its error. ids are the K visible patches.
 MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
 """
 
@@ -472,7 +472,7 @@ def tour():
     show("pred", model.decoder(z, ids), "every patch, predicted")
 
     print("\n2. The same step, with the same noise, at five lambdas: one loss, two gradients\n")
-    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of masker.score")
+    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of masker.score.grad")
     push = {}
     for lam in (1.0, 0.5, 0.0, -0.5, -1.0):
         model.zero_grad()
