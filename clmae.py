@@ -4,14 +4,15 @@ A masked autoencoder (MAE) sees a few patches of an image and predicts the rest.
 chooses which patches are hidden. It is trained on the MAE's own reconstruction loss times a factor lambda that falls
 from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide what is hard), a curriculum of masks.
 
-    images -> PatchEmbed -> x -> Encoder(visible tokens of x) -> Decoder(+ mask tokens) -> pred -> loss
-                            |                 ^
-                            +-> Masker -> scores -> gumbel_top_k
+    images -> PatchEmbed -> x -> Encoder(visible tokens) -> Decoder(+ mask tokens) -> pred -> patch_loss -> mae_loss
+                            |               ^ ids                                                 | cost
+                            +-> Masker -> scores -> gumbel_top_k -> soft -----------------------> masker_loss
 
 Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width (Dd the decoder's, Dm the masker's),
-lam the factor lambda. Of a patch: a the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
-soft its differentiable stand-in, mask 1 - hard in value, patch_loss its error. ids are the K visible patches.
-MAE is He et al., CVPR 2022. `python clmae.py` walks one batch through every stage.
+lam the factor lambda. Of an image: x tokens, z the encoder's features, ids the K visible patches, theta the threshold
+of y for being visible. Of a patch: a raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
+soft its differentiable stand-in, mask = 1 - hard, patch_loss its error, cost how far that is above its image's mean.
+MAE is He et al., CVPR 2022. `python clmae.py` shows one step and who gets which gradient.
 """
 
 import zipfile
@@ -79,16 +80,13 @@ class Config:
         return round(self.patches * (1 - self.mask_ratio))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images to patches and back
+# ---- Images to patches and back --------------------------------------------------------------------------------------
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (B, C, H, W) into flattened patches (B, L, p*p*C), row by row, pixels as (p, p, channel) as in MAE."""
     B, C, H, W = images.shape
     p = patch_size
-    if H % p or W % p:
-        raise ValueError(f"patch_size {p} must divide the image size {H} x {W}")
     x = images.reshape(B, C, H // p, p, W // p, p)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
     return x.reshape(B, (H // p) * (W // p), p * p * C)
@@ -97,8 +95,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Put patches (B, L, p*p*C) on a grid of (rows, columns) together to images (B, C, H, W); undoes `patchify`."""
     (h, w), p = grid, patch_size
-    if patches.shape[1] != h * w or patches.shape[2] % (p * p):
-        raise ValueError(f"patches {tuple(patches.shape)} do not fit a grid of {h} x {w} patches of {p} x {p} pixels")
     x = patches.reshape(len(patches), h, w, p, p, -1)
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
     return x.reshape(len(patches), -1, h * p, w * p)
@@ -134,8 +130,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)  # (B, dim, h, w) -> (B, L, dim)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transformer. The names of the parts are timm's, so that trained weights move without renaming.
+# ---- Transformer. The names of the parts are timm's, so that trained weights move without renaming -------------------
 
 
 class Attention(nn.Module):
@@ -169,8 +164,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The masked autoencoder
+# ---- The masked autoencoder ------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -226,8 +220,7 @@ class Decoder(nn.Module):
         return self.pred(self.norm(x[:, 1:]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What CL-MAE adds: a masker, a way to sample its masks, a factor that turns it from partner to adversary
+# ---- What CL-MAE adds: a masker, a way to sample its masks, a factor that turns it from partner to adversary ---------
 
 
 class Masker(nn.Module):
@@ -270,14 +263,13 @@ def gumbel_top_k(
     Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in [0, 1], its
     differentiable stand-in: the sigmoid of how far y = scores + noise lies above the threshold theta, over tau.
     """
-    if not 1 <= k < scores.shape[1]:
-        raise ValueError(f"k {k} must be between 1 and {scores.shape[1] - 1}, the number of tokens less one")
     y = scores + gumbel_noise(scores, generator)  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
-    theta = top[:, k - 1 :].mean(1, keepdim=True)  # (B, 1), midway between the last in and the first out
-    theta = theta.detach()  # made of two tokens, which would get the gradient of all
     ids = ids[:, :k]
     hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
+
+    # theta is two tokens' y, averaged: undetached, minus the gradient of every token would land on those two.
+    theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
     return ids, hard, soft
 
@@ -285,7 +277,7 @@ def gumbel_top_k(
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
     """Lambda after a fraction `progress` in [0, 1] of the training: linear from start (partner) to end (adversary).
 
-    CL-MAE, Sec. 3: there it multiplies the masker's loss, here its gradient and, as |lambda|, its scores.
+    CL-MAE, Sec. 3: the factor of the masker's loss. Here its magnitude scales the scores as well.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} must be between 0 and 1")
@@ -295,11 +287,21 @@ def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) ->
 class Output(NamedTuple):
     """What one forward pass gives."""
 
-    loss: Tensor  # (), the one to call backward() on: the mean of patch_loss over the masked patches in value
+    loss: Tensor  # (), mae_loss + lam masker_loss: only to call backward() on
+    mae_loss: Tensor  # (), the reconstruction loss, the one to look at: mean of patch_loss over the masked patches
+    masker_loss: Tensor  # (), what the masks cost; its value means little, its gradient trains the masker
     pred: Tensor  # (B, L, p*p*C), predicted patches, standardised by their own statistics if norm_pix
-    mask: Tensor  # (B, L), 1 = masked, 0 = visible; carries the masker's gradient
+    mask: Tensor  # (B, L), 1 = masked, 0 = visible
     scores: Tensor  # (B, L), s; zeros without a masker
     patch_loss: Tensor  # (B, L), mean squared error of every patch; only the masked ones are trained on
+
+
+def init_weights(module: nn.Module):
+    """Xavier weights and zero biases for a linear layer. MAE, appendix A.1."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class CLMAE(nn.Module):
@@ -349,6 +351,22 @@ class CLMAE(nn.Module):
             pred = pred * std + mean
         return unpatchify(pred, self.config.patch_size, self.config.grid)
 
+    def scores(self, images: Tensor, lam: Tensor | float) -> Tensor:
+        """The scores s (B, L) of standardised images (B, C, H, W), low = hide. zeros without a masker or at lam = 0."""
+        return self.score_tokens(self.encoder.embed(images), lam)
+
+    def score_tokens(self, x: Tensor, lam: Tensor | float) -> Tensor:
+        """The scores s (B, L) of tokens x (B, L, D)."""
+        if self.masker is None:
+            return x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
+        a = self.masker(x.detach())  # (B, L); detach: the masker must not teach the patch embedding
+
+        # min(a, 0): it may only hide, features were worse when it could also show. About half of the tokens have a < 0
+        # and are hidden more often than the others, which share s = 0 and pass no gradient on.
+        # |lam|: AdamW rescales gradients to unit size, so a loss that shrinks with lam would not slow the masker down;
+        # therefore its scores, how far masks depart from random ones, shrink too.
+        return self.config.kappa * abs(lam) * a.clamp(max=0)  # (B, L)
+
     def forward(self, images: Tensor, lam: Tensor | float = 0.0, generator: torch.Generator | None = None) -> Output:
         """One step of CL-MAE on standardised images (B, C, H, W).
 
@@ -356,38 +374,34 @@ class CLMAE(nn.Module):
         lam = 0 is plain MAE, exactly. generator: of the Gumbel noise, on the images' device.
         """
         c = self.config
-        x = self.encoder.embed(images)  # (B, L, D)
+        hidden = c.patches - c.visible  # L - K
 
-        # 1. The masker scores every token. detach: it must not teach the patch embedding. clamp: it may only hide;
-        #    features were worse when it could also show. About half of the tokens have a < 0 and are hidden more often
-        #    than the others, which share s = 0 and pass no gradient on. |lam|: AdamW divides a gradient's size out, and
-        #    with it that of lam. So lam also scales the scores: how far masks depart from random ones.
-        scores = x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
-        if self.masker is not None:
-            a = self.masker(x.detach())  # (B, L)
-            scores = c.kappa * abs(lam) * a.clamp(max=0)  # (B, L)
+        # 1. The masker scores every token.
+        x = self.encoder.embed(images)  # (B, L, D)
+        scores = self.score_tokens(x, lam)  # (B, L)
 
         # 2. Sample the K visible tokens.
         ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
+        mask = 1 - hard  # (B, L), 1 = masked
 
-        # 3. The curriculum. Sampling has no gradient; that of `soft` stands in for it (straight-through), times lam.
-        #    soft - soft.detach() is 0 in value: here lam changes neither the loss nor the MAE's gradient. It changes
-        #    them only through the tokens that step 2 drew.
-        mask = (1 - hard) - lam * (soft - soft.detach())  # (B, L), 1 = masked
-
-        # 4. Encode the visible tokens, decode all.
+        # 3. Encode the visible tokens, decode all.
         z = self.encoder(x, ids)  # (B, 1+K, D)
         pred = self.decoder(z, ids)  # (B, L, p*p*C)
 
-        # 5. Reconstruction loss over the masked patches. MAE, Sec. 3. The second term is 0 in value and carries the
-        #    masker's gradient: a masked patch costs its own loss, less the mean over its image's masked patches.
-        #    K is fixed, so to show one is to hide another, and only differences count.
+        # 4. The MAE's loss: the error of the masked patches. MAE, Sec. 3.
         patch_loss = (pred.float() - self.target(images)).square().mean(-1)  # (B, L)
-        hidden = c.patches - c.visible  # L - K
-        image_loss = (patch_loss * (1 - hard)).sum(1, keepdim=True) / hidden  # (B, 1)
-        cost = ((patch_loss - image_loss) * (1 - hard)).detach()  # (B, L)
-        loss = image_loss.mean() + (cost * (mask - mask.detach())).sum(1).mean() / hidden
-        return Output(loss, pred, mask, scores, patch_loss)
+        image_loss = (patch_loss * mask).sum(1, keepdim=True) / hidden  # (B, 1)
+        mae_loss = image_loss.mean()
+
+        # 5. The masker's loss: what its masks cost. A hidden patch costs its own error, less the mean over its image's
+        #    hidden patches: K is fixed, so to show one is to hide another, and only differences count. Sampling has no
+        #    gradient, so soft stands in for hard (straight-through). cost is detached: none of this reaches the MAE.
+        cost = ((patch_loss - image_loss) * mask).detach()  # (B, L)
+        masker_loss = (cost * (1 / hidden) * (1 - soft)).sum(1).mean()
+
+        # 6. The curriculum. The MAE lowers the first loss; the masker lowers the second at lam > 0, raises it below 0.
+        loss = mae_loss + lam * masker_loss
+        return Output(loss, mae_loss, masker_loss, pred, mask, scores, patch_loss)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """All patches (B, L, p*p*C) under a mask (B, L) of your own, 1 = masked, the same number in each image."""
@@ -397,6 +411,7 @@ class CLMAE(nn.Module):
         ids = mask.float().argsort(dim=1, stable=True)[:, : shown[0]]  # (B, K)
         return self.decoder(self.encoder(self.encoder.embed(images), ids), ids)
 
+    @torch.no_grad()
     def mask_probability(self, scores: Tensor, samples: int = 1000) -> Tensor:
         """The chance (B, L) of every patch to be masked, given scores (B, L), by sampling."""
         repeated = scores.expand(samples, -1, -1).flatten(0, 1)  # (samples * B, L)
@@ -405,23 +420,10 @@ class CLMAE(nn.Module):
         return 1 - hard.reshape(samples, *scores.shape).mean(0)
 
 
-def init_weights(module: nn.Module):
-    """Xavier weights and zero biases for a linear layer. MAE, appendix A.1."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# What a checkpoint holds: the command's `options`, `config`, the number of training images `N`, `epoch`, `log` (figures
-# by epoch), `scores` (8, L) of 8 held-out `images` by epoch; the states of model, optimiser and random numbers.
-RECORD = {"options": dict, "config": dict, "N": int, "epoch": int, "log": list, "scores": list, "images": Tensor}
-RECORD |= {"model": dict, "optimizer": dict, "rng": dict}
-
-
 def load(run: str | Path) -> tuple[CLMAE, dict]:
-    """The model of a run folder, on the CPU, ready for `model.features(model.standardise(images))`, and its RECORD.
+    """The model of a run folder, on the CPU, ready for `model.features(model.standardise(images))`, and its record.
 
+    The record is what `save` in train.py lists: the command's options, the log, the masker's scores by epoch, ...
     Raises ValueError if the folder has no checkpoint, or a damaged one.
     """
     file = Path(run) / "checkpoint.pt"
@@ -429,15 +431,17 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
         raise ValueError(f"{run or 'an empty path'} is no run: it has no checkpoint.pt")
     try:
         with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch.load reads past a flipped bit
-                raise ValueError(f"bad checksum of {damaged}")
+            damaged = archive.testzip()  # torch.load reads past a flipped bit
+        if damaged:
+            raise ValueError(f"bad checksum of {damaged}")
         record = torch.load(file, map_location="cpu", weights_only=True)
-        if wrong := [name for name, kind in RECORD.items() if not isinstance(record.get(name), kind)]:
-            raise ValueError(f"it has no {', '.join(wrong)}")
+        missing = {"options", "N", "epoch", "log", "scores", "images", "optimizer", "rng"} - record.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = CLMAE(Config(**record["config"]))
         model.load_state_dict(record["model"])
     except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error).splitlines() or ["empty"])[0]
+        reason = str(error).partition("\n")[0] or "empty"
         raise ValueError(f"{file} is damaged or not a checkpoint of this program ({reason})") from error
     return model, record
 
@@ -446,59 +450,39 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
 
 
 def tour():
-    """Walk two tiny images of noise through every stage and print what appears. Set breakpoints along the way."""
-
-    def show(name: str, tensor: Tensor, what: str):
-        print(f"{name:<10}{tuple(tensor.shape)!s:<18}{what}")
-
+    """One step on two images of noise at five lambdas: what the losses are, and who gets which gradient."""
     torch.manual_seed(0)
-    c = Config(image_size=16, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16)
-    model, images = CLMAE(c), torch.randn(2, 3, 16, 16)
-    print(f"1. Forward, on noise. B = 2 images, L = {c.patches} patches, K = {c.visible} visible, D = {c.dim}\n")
-    show("images", images, "standardised pixels")
-    show("target", model.target(images), "patches, flattened, each with mean 0 and std 1 (norm_pix)")
-    x = model.encoder.embed(images)
-    show("x", x, "a token per patch, with its position")
-    a = model.masker(x.detach())
-    show("a", a, "the masker's raw scores, mean 0 and std 1; low = hide")
-    scores = c.kappa * a.clamp(max=0)
-    show("scores", scores, f"kappa |lambda| min(a, 0), at lambda = +1 or -1, kappa = {c.kappa:g}")
-    ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, torch.Generator().manual_seed(1))
-    show("ids", ids, "the K patches that the encoder may see")
-    show("hard", hard, "1 = visible, 0 = masked")
-    show("soft", soft, "its differentiable stand-in")
-    z = model.encoder(x, ids)
-    show("z", z, "features of CLS and the visible patches")
-    show("pred", model.decoder(z, ids), "every patch, predicted")
+    model = CLMAE(Config(image_size=16, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, masker_dim=16))
+    mae = nn.ModuleList([model.encoder, model.decoder])
+    images = torch.randn(2, 3, 16, 16)  # B = 2, L = 16, K = 4
 
-    print("\n2. The same step, with the same noise, at five lambdas: one loss, two gradients\n")
-    print("lambda   std of scores      loss   |gradient| of encoder   of masker   first two of masker.score.grad")
-    push = {}
+    def size(loss: Tensor, module: nn.Module) -> Tensor:
+        parameters = list(module.parameters())
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.nn.utils.get_total_norm(gradients)
+
+    print(
+        "1. One step, with the same noise, at five lambdas: two losses, and the size of the gradient that each gives\n"
+    )
+    print("lambda   mae_loss: to MAE  to masker   masker_loss: to MAE  to masker   times lambda")
+    push = {}  # by lambda, (B, L): where descent moves the scores
     for lam in (1.0, 0.5, 0.0, -0.5, -1.0):
-        model.zero_grad()
-        output = model(images, lam, torch.Generator().manual_seed(1))
-        output.scores.retain_grad()
-        output.loss.backward()
-        push[lam] = -1000 * output.scores.grad[0]  # (L,)
-        encoder, masker = (
-            torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (model.encoder, model.masker)
-        )
-        first = "  ".join(f"{g:+.5f}" for g in model.masker.score.weight.grad.flatten()[:2].tolist())
-        std = output.scores.std(1, unbiased=False).mean()
-        print(f"{lam:+.1f}{std:18.5f}{output.loss:11.5f}{encoder:24.5f}{masker:12.5f}   {first}")
+        out = model(images, lam, torch.Generator().manual_seed(1))
+        first = f"{out.mae_loss:9.5f}{size(out.mae_loss, mae):9.5f}{size(out.mae_loss, model.masker):11.5f}"
+        masker = size(out.masker_loss, model.masker)
+        second = f"{out.masker_loss:14.5f}{size(out.masker_loss, mae):9.5f}{masker:11.5f}{lam * masker:+15.5f}"
+        print(f"{lam:+.1f}  {first}{second}")
+        push[lam] = -1000 * torch.autograd.grad(out.loss, out.scores)[0]
 
-    print("\n3. What that tells the masker about each patch of the first image\n")
-    print("patch   raw a   score s   soft           patch loss   push, lambda = +1   push, lambda = -1")
-    for i in range(c.patches):
-        state, pushes = f"masked  {output.patch_loss[0, i]:9.3f}", f"{push[1.0][i]:+20.2f}{push[-1.0][i]:+20.2f}"
-        if hard[0, i]:
-            state, pushes = "visible", ""
-        elif a[0, i] > 0:
-            pushes = "   stopped by the clamp"
-        print(f"{i:5d}{a[0, i]:+8.2f}{scores[0, i]:+10.2f}{soft[0, i]:7.2f}   {state}{pushes}")
-    mean = (output.patch_loss[0] * output.mask[0]).sum() / output.mask[0].sum()
-    print("\npush = -1000 dL/ds, where descent moves the score. Masked patches with a < 0 and a loss above the mean,")
-    print(f"{mean:.3f}, will be shown more often by the partner (+1), hidden more often by the adversary (-1).")
+    print("\n2. What that tells the masker about the patches of the first image: push = -1000 dloss/ds\n")
+    print("patch   score s   patch_loss   push, lambda = +1   lambda = -1")
+    for i in range(model.config.patches):
+        told = "visible"
+        if out.mask[0, i]:
+            told = f"{out.patch_loss[0, i]:7.3f}{push[1.0][0, i]:+20.2f}{push[-1.0][0, i]:+14.2f}"
+        print(f"{i:5d}{out.scores[0, i]:+10.2f}      {told}")
+    print("\nThe partner (+1) raises the score of masked patches with a loss above the mean, to show them more often;")
+    print("the adversary (-1) lowers it. Where s = 0 the masker passes no push on: it may only hide.")
 
 
 if __name__ == "__main__":

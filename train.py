@@ -66,13 +66,13 @@ def train(args: argparse.Namespace, record: dict | None = None):
             progress = ((epoch - 1) * steps + i) / max(1, args.epochs * steps - 1)
             lam.fill_(curriculum_factor(progress, args.lambda_start, args.lambda_end))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                loss = step_model(images, lam).loss
-            loss.backward()
+                output = step_model(images, lam)
+            output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[i] = loss.detach()  # stays on the device: reading it makes a GPU wait
+            losses[i] = output.mae_loss.detach()  # stays on the device: reading it makes a GPU wait
             if i % 50 == 49:
-                bar.set_postfix_str(f"loss {loss.item():.4f}, lambda {lam.item():+.2f}")
+                bar.set_postfix_str(f"loss {output.mae_loss.item():.4f}, lambda {lam.item():+.2f}")
         losses = losses.cpu()
         rate = steps * args.batch_size / (time.perf_counter() - start)
         if len(bad := losses.isfinite().logical_not().nonzero()):
