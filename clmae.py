@@ -426,7 +426,9 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
     The record is what `save` in train.py lists: the command's options, the log, the masker's scores by epoch, ...
     Raises ValueError if the folder has no checkpoint, or a damaged one.
     """
-    file = Path(run) / "checkpoint.pt"
+    file = Path(run)
+    if file.name != "checkpoint.pt":
+        file = file / "checkpoint.pt"
     if not file.is_file():
         raise ValueError(f"{run or 'an empty path'} is no run: it has no checkpoint.pt")
     try:
@@ -440,6 +442,7 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = CLMAE(Config(**record["config"]))
         model.load_state_dict(record["model"])
+        record["run"] = file.parent
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).partition("\n")[0] or "empty"
         raise ValueError(f"{file} is damaged or not a checkpoint of this program ({reason})") from error

@@ -265,6 +265,13 @@ def one_line_errors():
         fail("out of memory: a smaller --batch-size needs less, and the learning rate follows by itself")
 
 
+def mend_streams():
+    """Closed streams, and letters that a terminal lacks, stop no command."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
