@@ -43,7 +43,7 @@ class Config:
     masker_depth: int = 1
     masker_heads: int = 2
     mask_ratio: float = 0.75  # fraction of the patches that is hidden; K = round(L (1 - mask_ratio))
-    kappa: float = 2.0  # how far masks may depart from random ones, see CLMAE.forward. 0: no masker, plain MAE
+    kappa: float = 2.0  # how far masks may depart from random ones, see CLMAE.score_tokens. 0: no masker, plain MAE
     tau: float = 1.0  # temperature of the straight-through sigmoid, in units of the scores
     norm_pix: bool = True  # predict each patch standardised by its own mean and std, not raw pixels
 

@@ -3,6 +3,7 @@
 No test needs a network, a GPU or a data set: the images are generated.
 """
 
+import importlib.util
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -168,6 +170,53 @@ def test_lambda_0_is_plain_mae_bit_for_bit(images):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     torch.manual_seed(0)
     assert not torch.equal(CLMAE(small())(images, 1.0).mask, results[0][0])
+
+
+def test_the_maskers_gradient_points_the_way_of_the_exact_one():
+    """Of 3 x 3 patches 3 are drawn: with 504 draws, 84 masks, the expected loss J and its gradient can be computed.
+
+    The straight-through gradient is not that one: it leaves out what a shown patch does for its neighbours, and for
+    some images it points the wrong way. On average it has to point the right way.
+    """
+    torch.manual_seed(0)
+    images = train.shapes(1952, (12, 12), seed=3)[0]
+    widths = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "masker_dim": 16}
+    model = CLMAE(Config(12, mask_ratio=2 / 3, **widths))
+    model.std[:], model.mean[:] = torch.std_mean(images.float(), dim=(0, 2, 3), keepdim=True)
+    held_out, *batches = model.standardise(images).split([32] + 30 * [64])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in 5 * batches:  # under random masks: the masker's scores stay as they came, different in every image
+        model(batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # What each draw of visible patches costs each image.
+    draws = torch.tensor(list(itertools.permutations(range(9), 3)))  # (504, 3), in the order of drawing
+    mask = torch.ones(504, 9).scatter(1, draws, 0.0)
+    with torch.no_grad():
+        pred = model.predict(held_out.repeat_interleave(504, 0), mask.repeat(32, 1)).unflatten(0, (32, 504))
+    patch_loss = (pred - model.target(held_out)[:, None]).square().mean(-1)  # (32, 504, 9)
+    loss = (patch_loss * mask).sum(2) / 6  # (32, 504)
+
+    # J: every draw's loss times its chance, drawn one after another, each by its e^s among those that are left.
+    scores = model.scores(held_out, 1.0).detach().requires_grad_()  # (32, 9)
+    drawn = scores.exp()[:, draws]  # (32, 504, 3)
+    left = scores.exp().sum(1)[:, None, None] - drawn.cumsum(2) + drawn
+    chance = (drawn / left).prod(2)  # (32, 504)
+    expected = chance * loss
+    (exact,) = torch.autograd.grad(expected.sum(), scores)
+
+    # It is how much the loss falls when a patch is shown, times p (1 - p), p its chance of being hidden.
+    p = chance @ mask  # (32, 9)
+    hidden = expected @ mask / p  # E[loss | the patch is hidden]
+    shown = expected @ (1 - mask) / (1 - p)
+    assert (torch.cosine_similarity(exact, p * (1 - p) * (shown - hidden)) > 0.99).all()
+
+    # What the masker follows, over 200 draws.
+    out = model(held_out.repeat(200, 1, 1, 1), 1.0, generator())
+    followed = torch.autograd.grad(out.masker_loss, out.scores)[0].unflatten(0, (200, 32)).sum(0)  # (32, 9)
+    cosine = torch.cosine_similarity(exact, followed)  # (32,)
+    assert cosine.mean() > 0.5 and (cosine > 0).float().mean() > 0.75
 
 
 def test_the_masker_learns_to_help_at_plus_one_and_to_oppose_at_minus_one():
@@ -904,9 +953,14 @@ def test_the_masks_find_the_objects(tmp_path, monkeypatch, no_figures):
     assert abs(log[0]["objects_contrast"] - 0.5) < 0.1
 
 
-@pytest.mark.parametrize("masking", ["curriculum", "random"])
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("masking", ["curriculum", "random", pytest.param("graph", marks=needs_cuda)])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path, monkeypatch, capsys, no_figures):
     own = ("--masking", masking, "--epochs", 3, "--seed", 4, "--lr", 1e-2, "--batch-size", 16)
+    if masking == "graph":
+        own = ("--graph", "--device", "cuda", "--epochs", 3)
     train.main(options(*own, "--out", tmp_path / "whole"))
 
     def interrupted(*state, save=train.save):
@@ -923,7 +977,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     torch.save(old, tmp_path / "broken" / "checkpoint.pt")
     capsys.readouterr()
     train.main(["--resume", str(tmp_path / "broken" / "checkpoint.pt")])
-    if masking == "curriculum":
+    if masking != "random":
         assert capsys.readouterr().out.startswith("lambda goes on from +0.33\n")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
@@ -1018,6 +1072,36 @@ def test_compile_is_honoured_and_its_failure_told(run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch, "compile", lambda f: no_compiler)
     error = run_fails(capsys, *options("--compile", "--out", tmp_path / "other"))
     assert "--compile failed: leave it out, or install a C++ compiler" in error and len(error) < 250
+
+
+@needs_cuda
+def test_a_graphed_step_on_a_gpu_is_the_eager_one(capsys, monkeypatch):
+    """Losses and gradients of the same masks, new noise at each step, no memory that grows, one line if it is short."""
+    device = torch.device("cuda")
+    args = train.build_parser().parse_args(options("--graph"))
+    data = train.load_data(args, device)
+    results = []
+    for args.graph in (True, False):
+        torch.manual_seed(0)
+        model, _ = train.build(args, data, device)
+        images, lam = model.standardise(data.images[:32]), torch.tensor(0.5, device=device)
+        step = train.losses_of(args, model, images.shape, device)
+        loss, mae_loss = step(images, lam)
+        loss.backward()
+        results.append((mae_loss.clone(), *(p.grad.clone() for p in model.parameters())))
+        assert len({step(images, lam)[1].item() for _ in range(5)}) == 5
+        before = torch.cuda.memory_allocated()
+        for _ in range(200):
+            model.zero_grad()
+            step(images, lam)[0].backward()
+        assert torch.cuda.memory_allocated() <= before + 2**20
+    torch.testing.assert_close(*results, rtol=0.02, atol=2e-3)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
+    assert "--batch-size" in run_fails(capsys, *options("--graph", "--device", "cuda", "--out", "nowhere"))
 
 
 def test_options_reach_model_and_optimiser_and_only_matrices_decay():
@@ -1444,11 +1528,15 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch):
         {"train.py": train.main, "visualize.py": visualize.main, "clmae.py": lambda words: clmae.tour()}[script](words)
 
 
-def test_the_readmes_notebook_and_timm_lines_give_features(run, tmp_path, monkeypatch):
+def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
+    """Load, features, their score on other data, the masks of a photograph; and timm, where it is installed."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)
-    notebook, parity = (block for block in readme("python") if "features = " in block)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", types.SimpleNamespace(figure=visualize.Figure))
+    blocks = readme("python")
+    first = next(i for i, block in enumerate(blocks) if "load(" in block)
+    notebook, scored, photograph, parity = blocks[first : first + 4]
     exec(notebook, scope := {})
     model, record, x, features = (scope[name] for name in ("model", "record", "x", "features"))
     assert features.shape == (8, 96)
@@ -1459,9 +1547,91 @@ def test_the_readmes_notebook_and_timm_lines_give_features(run, tmp_path, monkey
     torch.testing.assert_close(model.std.flatten(), images.std((0, 2, 3)), rtol=1e-4, atol=1e-3)
     now = model.scores(x, record["log"][-1]["lambda"])
     torch.testing.assert_close(now, record["scores"][-1], rtol=1e-3, atol=1e-3)
+
+    monkeypatch.setitem(train.DATASETS, "cifar100", lambda root, part: [(fashion(i), i % 3) for i in range(70)])
+    exec(scored, scope)
+    assert scope["z"].shape == (70, 96)
+    half_red(90, 60, (30, 0, 60, 60)).save(tmp_path / "photo.jpg")
+    exec(photograph, scope)
+    assert len(photograph.splitlines()) <= 14 and scope["image"].shape == (3, 32, 32)
+    assert scope["image"][:, 16, 16].tolist()[2] > 200 and scope["p"].shape == (8, 8)
+    assert scope["p"].mean().item() == pytest.approx(0.75) and scope["p"].std() > 0.01
     pytest.importorskip("timm")
     exec(parity, scope)
     torch.testing.assert_close(scope["vit"].forward_features(x), model.encode(x), rtol=1e-3, atol=1e-4)
+
+
+def fashion(i: int) -> Image.Image:
+    return Image.new("RGB", (40, 40), (6 * (i % 40), 90, 90))
+
+
+# The changes of the README's "Change it", by a word of theirs: the file, and the line before which they go, or the
+# first and the last of the lines whose place they take.
+CHANGES = {
+    "progress**2": ("clmae", "    return start + (end - start)"),
+    "blocks": ("clmae", "        if self.masker is None:\n            return x.new_zeros"),
+    "fashion": ("train", '    "imagenette": '),
+    "score_std": ("train", "    return figures, learned.scores"),
+    "F.normalize": ("clmae", "        return Output("),
+    ".repeat(2": ("train", "            images = augment(", "\n"),
+    "advantage": (
+        "clmae",
+        "        cost = ((patch",
+        "masker_loss = (cost * (1 / hidden) * (1 - soft)).sum(1).mean()\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", [["progress**2", "fashion", "score_std", "F.normalize", "Conv2d"],
+                                   ["blocks"], [".repeat(2", "advantage"]])  # fmt: skip
+def test_the_readmes_changes_work(words, tmp_path, monkeypatch):
+    sources = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("clmae", "visualize", "train")}
+    for word in words:
+        (block,) = (b for b in readme("python") if word in b and "import" not in b)
+        assert len(block.splitlines()) <= 10
+        if word == "Conv2d":
+            layers, scores = block.split("\n\n")
+            name, steps = "clmae", [(layers + "\n", "        self.embed = nn.Linear(c.dim, c.m", "bias=False)", "\n")]
+            steps.append((scores, "        x = self.blocks(self.embed(x))  # (B, L, Dm)", ".float()  # (B, L)", "\n"))
+            scaled = "        loss = loss + 0.1 * scores.mean(0).var()\n"
+            steps.append((scaled, "        return Output("))
+        else:
+            name, *place = CHANGES[word]
+            steps = [(block, *place)]
+        for new, start, *ends in steps:
+            source = sources[name]
+            assert start in source
+            begin = end = source.index(start)
+            for text in ends:
+                end = source.index(text, end) + len(text)
+            if word == ".repeat(2":  # after its line, not in its place
+                new = source[begin:end] + new
+            sources[name] = source[:begin] + new + source[end:]
+
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        changed = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, changed)
+        spec.loader.exec_module(changed)
+    data = ["shapes"]
+    if "fashion" in words:
+        part = [(fashion(i).convert("L"), i % 3) for i in range(140)]
+        monkeypatch.setattr(torchvision.datasets, "FashionMNIST", lambda root, train, download: part)
+        data = ["fashion", "--image-size", "32"]
+    changed.main(options("--data", *data, "--out", tmp_path / "run"))
+    record = weights(tmp_path / "run")
+    log = record["log"]
+    assert [entry["epoch"] for entry in log] == [0, 1, 2] and (tmp_path / "run" / "curves.png").exists()
+    assert all(math.isfinite(value) for entry in log for value in entry.values())
+    if "score_std" in words:
+        assert log[0]["score_std"] > 0 and log[1]["lambda"] == pytest.approx(1 - 2 * (1 / 3) ** 2 * (3 - 2 / 3))
+        assert {"knn", "linear_probe"} <= log[2].keys() and record["model"]["masker.score.weight"].shape[2:] == (3, 3)
+    if "blocks" in words:
+        scores = record["scores"][2].reshape(8, 4, 2, 4, 2)
+        assert torch.equal(scores, scores[:, :, :1, :, :1].expand_as(scores)) and scores.std() > 10
+    else:
+        assert not torch.equal(record["scores"][1], record["scores"][2])
 
 
 def test_the_readmes_bare_loop_trains(tmp_path, monkeypatch):
