@@ -265,9 +265,7 @@ def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[
         real = {os.path.realpath(place) for place in places}
         if deep or len(places) != 1 or seen & real:
             why = f"its images lie in it or in one folder below, and once; here in {', '.join(places) or 'none'}"
-            raise ValueError(
-                f"{folder} is no class: {why}; --data takes the folder of the classes, or of train/ and val/"
-            )
+            raise ValueError(f"{folder} is no class: {why}; --data takes the folder of classes, or of train/ and val/")
         seen |= real
         samples += [(file, label) for file in files]
     return samples, classes
