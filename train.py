@@ -17,8 +17,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,18 +52,16 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
 
     torch.manual_seed(args.seed)
     model, optimizer = build(args, data, device, model)
-    forward = torch.compile(model) if args.compile else model
     lam = torch.tensor(args.lambda_start, device=device)  # a tensor: see CLMAE.forward
+    forward = Losses(args, model, (B, *data.images.shape[1:]), lam)
     log, scores = [], []  # by epoch: figures; scores (8, L) of 8 held-out images
     if record is not None:
         log, scores = record["log"], record["scores"]
         restore(args, data, optimizer, record)
     c = model.config
     kinds = f"{len(data.classes)} classes ({', '.join(data.classes[:3])}, ...)" if data.labelled else "no labels"
-    print(f"{args.data}: {N:,} training and {len(data.val_images):,} held-out images, {kinds};", end=" ")
-    print(
-        f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible; {args.epochs} epochs on {device}", flush=True
-    )
+    print(f"{args.data}: {N:,} training and {len(data.val_images):,} held-out images, {kinds}")
+    print(f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible; {args.epochs} epochs on {device}")
 
     for epoch in range(len(log), args.epochs + 1):  # epoch 0 has no batches: it measures where the others start
         order = torch.randperm(N).to(data.images.device).split(B)
@@ -75,15 +74,14 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
             set_learning_rate(optimizer, args, epoch - 1 + i / steps)
 
             images = augment(model.standardise(data.images[order[i]]), args.min_crop)  # (B, 3, H, W)
-            with autocast(args, device):
-                output = forward(images, lam)
-            output.loss.backward()
+            loss, mae_loss = forward(images, lam)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-            losses[i] = output.mae_loss.detach()  # stays on the device: reading it makes a GPU wait
+            losses[i] = mae_loss.detach()  # stays on the device: reading it makes a GPU wait
             if i % 50 == 49:
-                bar.set_postfix_str(f"loss {output.mae_loss.item():.4f}, lambda {lam.item():+.2f}")
+                bar.set_postfix_str(f"loss {mae_loss.item():.4f}, lambda {lam.item():+.2f}")
         losses = losses.cpu()
         rate = len(bar) * B / (time.perf_counter() - start)
         if not losses.isfinite().all():
@@ -93,9 +91,8 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
 
         # What the epoch did: a record, a line, a checkpoint.
         figures = {"epoch": epoch, "lambda": lam.item()}
-        if len(bar):
-            lr = optimizer.param_groups[0]["lr"]
-            figures |= {"loss": losses.mean().item(), "lr": lr, "images_per_s": rate}
+        if epoch:
+            figures |= {"loss": losses.mean().item(), "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
         due = epoch % args.evaluate_every == 0 or epoch == args.epochs
         measured, now = measure(model, data, lam, floors=epoch == 0, features=due)
         log.append(figures | measured)
@@ -105,11 +102,21 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
     visualize.draw(args.out)
 
 
-# ---- Data: the whole set is one uint8 tensor, a batch is an index into it. No worker processes, no waiting -----------
+# ---- Data ------------------------------------------------------------------------------------------------------------
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "pair"]
+IMAGENETTE = [9469, 3925]  # images of its two parts: torchvision takes a download that was cut short for the whole
+# What is downloaded: a name, and how torchvision opens its training or held-out part.
+DATASETS = {
+    "cifar10": lambda root, train: datasets.CIFAR10(root, train, download=True),
+    "cifar100": lambda root, train: datasets.CIFAR100(root, train, download=True),
+    "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
+}
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif")  # the last may need a plugin of Pillow's
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # what editors write about a picture can be long
 
 
 class Data(NamedTuple):
-    """A data set in memory. What begins with `val` is held out: never trained on."""
+    """A data set in memory: no worker processes, a batch is an index. `val` is held out: never trained on."""
 
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor  # (N,) class indices
@@ -121,8 +128,7 @@ class Data(NamedTuple):
 
     @property
     def labelled(self) -> bool:
-        """Whether there is more than one class to tell apart."""
-        return len(self.classes) > 1
+        return len(self.classes) > 1  # of one there is nothing to tell
 
 
 def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> Data:
@@ -131,7 +137,6 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     if args.data != "shapes":
         parts = open_data(args.data, args.data_dir)
         first = open_image(parts[0][0][0][0]).size
-
     size = args.image_size or min(224, *first)
     if isinstance(size, int):  # an older run may have a height and a width
         size = (size, size)
@@ -170,14 +175,8 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
     return Data(known[0].to(device), known[1].to(device), list(classes), patch_size, val[0].to(device), *val[1:])
 
 
-SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "pair"]
-
-
 def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw n images (n, 3, H, W) uint8 of four shapes of a kind on stripes; kind, colour, place, angle at random.
-
-    Returns the images, their kinds (n,) and where the shapes are, (n, H, W). The same seed gives the same images.
-    """
+    """Images (n, 3, H, W) uint8 of four shapes of a kind on stripes, their kinds (n,), where shapes are (n, H, W)."""
     (H, W), g = size, torch.Generator().manual_seed(seed)
     images, covered = torch.empty(n, 3, H, W, dtype=torch.uint8), torch.empty(n, H, W, dtype=torch.bool)
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")  # (H, W)
@@ -217,15 +216,6 @@ def shapes(n: int, size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Te
     return images, kinds, covered
 
 
-IMAGENETTE = [9469, 3925]  # images of its two parts: torchvision takes a download that was cut short for the whole
-# What is downloaded: a name, and how torchvision opens its training or held-out part.
-DATASETS = {
-    "cifar10": lambda root, train: datasets.CIFAR10(root, train, download=True),
-    "cifar100": lambda root, train: datasets.CIFAR100(root, train, download=True),
-    "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
-}
-
-
 def open_data(name: str, root: str) -> list[tuple]:
     """The training part and, where there is one, the held-out part: pictures with labels, and names of the classes."""
     if name in DATASETS:
@@ -239,7 +229,7 @@ def open_data(name: str, root: str) -> list[tuple]:
     if not os.path.isdir(name):
         raise ValueError(f"--data {name} is neither shapes, {', '.join(DATASETS)} nor a folder")
 
-    folders = {folder.lower(): os.path.join(name, folder) for folder in scan(name)[0]}
+    folders = {folder[:-1].lower(): os.path.join(name, folder[:-1]) for folder in glob("*/", root_dir=name)}
     known = [folders[part] for part in ("train", "training") if part in folders][:1]
     held = [folders[part] for part in ("val", "valid", "validation", "test", "testing") if part in folders][:1]
     if held and not known:
@@ -256,43 +246,33 @@ def open_data(name: str, root: str) -> list[tuple]:
 
 
 def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[str]]:
-    """The files and labels of a folder of pictures, flat or a sub-folder per class, and the names of its classes.
+    """Files with labels, and names of the classes, of a folder of pictures, flat or a sub-folder per class.
 
-    The pictures of a class lie in its folder or in one folder below it. Anything else, such as thumbnails beside their
-    originals, or parts taken for classes, would bring the same picture into the training and the held-out part.
-    seen: the folders that were read so far, to which a link may lead.
+    A class has its pictures in one place that was not seen: not thumbnails beside originals, nor parts, nor a link.
     """
-    classes, flat = scan(path)
+    classes = sorted(name[:-1] for name in glob("*/", root_dir=path))  # glob does not see what is hidden
+    flat = pictures(path)
     if flat and classes:
         raise ValueError(f"{path} has {len(flat)} images beside folders ({', '.join(classes)[:99]})")
     if not flat and not classes:
         raise ValueError(f"no images in {path}: expected {' '.join(SUFFIXES)}, flat or a sub-folder per class")
+
     samples = []
     for label, folder in enumerate([os.path.join(path, name) for name in classes] or [path]):
-        below = {os.path.join(folder, name): scan(os.path.join(folder, name)) for name in scan(folder)[0] if classes}
-        places = [place for place, (_, files) in [(folder, scan(folder)), *below.items()] if files]
-        deep = [place for place, (folders, _) in below.items() if folders]
-        if deep or len(places) != 1 or os.path.realpath(places[0]) in seen:
-            told = (
-                f"its images lie in it or in one folder below, and once; here in {', '.join(deep or places) or 'none'}"
-            )
-            raise ValueError(
-                f"{folder} is no class: {told}; --data takes the folder of the classes, or of train/ and val/"
-            )
-        seen.add(os.path.realpath(places[0]))
-        samples += [(file, label) for file in scan(places[0])[1]]
+        deep = pictures(folder, "*/*/*")
+        files = pictures(folder) + pictures(folder, "*/*") + deep
+        places = sorted({os.path.dirname(file) for file in files})
+        real = {os.path.realpath(place) for place in places}
+        if deep or len(places) != 1 or seen & real:
+            why = f"its images lie in it or in one folder below, and once; here in {', '.join(places) or 'none'}"
+            raise ValueError(f"{folder} is no class: {why}; --data takes the folder of classes, or of train/ and val/")
+        seen |= real
+        samples += [(file, label) for file in files]
     return samples, classes
 
 
-SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif")  # the last may need a plugin of Pillow's
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # what editors write about a picture can be long
-
-
-def scan(path: str) -> tuple[list[str], list[str]]:
-    """The names of the folders in a folder, and the paths of its pictures. Hidden ones are not seen."""
-    entries = sorted((entry for entry in os.scandir(path) if entry.name[0] != "."), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    return folders, [e.path for e in entries if e.name.lower().endswith(SUFFIXES) and not e.is_dir()]
+def pictures(folder: str, pattern: str = "*") -> list[str]:
+    return [os.path.join(folder, n) for n in sorted(glob(pattern, root_dir=folder)) if n.lower().endswith(SUFFIXES)]
 
 
 def open_image(image: str | Image.Image) -> Image.Image:
@@ -304,12 +284,10 @@ def open_image(image: str | Image.Image) -> Image.Image:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}: save it with 8")
-            try:
+            with suppress(Exception):  # damaged metadata are no reason to do without the picture
                 image.getexif()  # stays; other metadata, which exif_transpose may stumble over, go
                 image.info.clear()
                 image = ImageOps.exif_transpose(image)
-            except Exception:  # damaged metadata are no reason to do without the picture
-                pass
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"Pillow cannot read {path}: save it as JPEG or PNG, or remove it") from error
@@ -332,10 +310,7 @@ def read_images(samples, size: tuple[int, int], n: int | None = None) -> tuple[T
 
 
 def augment(images: Tensor, min_crop: float) -> Tensor:
-    """Random-resized crop and flip of each of a batch of images (B, 3, H, W), all at once.
-
-    The crop covers min_crop to 1 of the area, its side ratio is 3/4 to 4/3 as far as that fits, as in MAE's recipe.
-    """
+    """Crop and flip each of images (B, 3, H, W) as MAE's recipe: min_crop to 1 of the area, side ratio 3/4 to 4/3."""
     B = len(images)
     u = torch.rand(5, B, device=images.device)
     area = min_crop + (1 - min_crop) * u[0]  # (B,), as a fraction
@@ -351,15 +326,13 @@ def augment(images: Tensor, min_crop: float) -> Tensor:
 
 
 # ---- Model, optimiser, device ----------------------------------------------------------------------------------------
-
-
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is."""
-    if name is None:
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if name is None and torch.accelerator.is_available():
+        name = torch.accelerator.current_accelerator().type
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not there; without the option the best that is there is taken") from error
 
 
@@ -375,12 +348,44 @@ def build(args: argparse.Namespace, data: Data, device: torch.device, model: CLM
     return model, torch.optim.AdamW(decayed(model.parameters(), args.weight_decay), betas=(0.9, 0.95), fused=True)
 
 
-def decayed(parameters: Iterable[Tensor], weight_decay: float, **more) -> list[dict]:
+def decayed(parameters, weight_decay: float, **more) -> list[dict]:
     """Groups for AdamW: matrices have weight decay; biases, norms and tokens have none. MAE, appendix A."""
     matrices, others = [], []
     for p in parameters:
         (matrices if p.ndim in (2, 4) else others).append(p)
     return [{"params": matrices, "weight_decay": weight_decay, **more}, {"params": others, "weight_decay": 0.0, **more}]
+
+
+class Losses(nn.Module):
+    """loss and mae_loss of a model, only the first with a gradient; with --graph each pass is one CUDA graph."""
+
+    def __init__(self, args: argparse.Namespace, model: CLMAE, shape: tuple, lam: Tensor):
+        super().__init__()
+        if args.compile and args.graph:
+            raise ValueError("--compile and --graph exclude each other: leave one out, or say --no-compile, --no-graph")
+        if args.compile:
+            print("compiling: the first step takes a minute or more", flush=True)
+            model = torch.compile(model)
+        self.args = args
+        self.model = model
+        if args.graph and lam.device.type == "cuda":
+            state = torch.cuda.get_rng_state()
+            images = torch.zeros(shape, device=lam.device)
+            torch.cuda.make_graphed_callables(self, (images, lam), allow_unused_input=True)
+            torch.cuda.set_rng_state(state)  # capturing has drawn masks
+        elif args.graph:
+            print(f"--graph does nothing on {lam.device}: it is for CUDA")
+
+    def forward(self, images: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.args, images.device):
+            output = self.model(images, lam)
+        return output.loss, output.mae_loss.detach()
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """bfloat16 matmuls under --amp, the default on CUDA only."""
+    enabled = device.type == "cuda" if args.amp is None else args.amp
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)  # CUDA graphs refuse the cache
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: float):
@@ -393,15 +398,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace
         group["lr"] = args.lr * args.batch_size / 256 * factor * group.get("lr_scale", 1.0)
 
 
-def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """bfloat16 matmuls under --amp, the default on CUDA only."""
-    enabled = device.type == "cuda" if args.amp is None else args.amp
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-# ---- Evaluation. Features are the mean of the patch tokens of the whole, unmasked image ------------------------------
-
-
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(model: CLMAE, data: Data, lam: Tensor | float, floors: bool, features: bool) -> tuple[dict, Tensor]:
     """A log's figures on held-out images at this lambda, and the scores (500, L) of the first of them.
@@ -436,21 +433,17 @@ def measure(model: CLMAE, data: Data, lam: Tensor | float, floors: bool, feature
 
 
 def diversity(scores: Tensor) -> float:
-    """The share of the variance over tokens, of scores (B, L), that differs from image to image.
-
-    0: one mask for all images. B unrelated images have 1 - 1/B. 1 where there is no variance, as at lambda = 0.
-    """
+    """The share of the variance of scores (B, L) that images do not share: 0 for one mask, 1 for nothing in common."""
     scores = scores - scores.mean(1, keepdim=True)
     common = scores.mean(0).square().mean()  # what all images share
-    return 1 - (common / scores.square().mean().clamp_min(1e-12)).item()
+    return 1 - (common / scores.square().mean().clamp_min(1e-12)).item()  # 1 at lambda = 0: no variance
 
 
 def objects(scores: Tensor, covered: Tensor, patch_size: int) -> float:
-    """How well "hidden more often", a low score (N, L), tells the patches that show an object.
+    """The chance that of two patches, one that shows an object and one that does not, the first is hidden more often.
 
-    covered: (N, H, W), True on objects; a patch shows one if a fifth of it does. Area under the ROC curve per image,
-    averaged: the chance that of two patches, one of each kind, the object's is hidden more often. 0.5 is chance; above
-    it masks hide the objects, below it they show them.
+    The area under the ROC curve of low scores (N, L), by image, averaged. covered: (N, H, W), True on objects; a patch
+    shows one if a fifth of it does. Above 0.5 masks hide the objects, below it they show them.
     """
     shown = patchify(covered[:, None].to(scores.device).float(), patch_size).mean(-1) >= 0.2  # (N, L)
     pairs = shown[:, :, None] & ~shown[:, None, :]  # (N, L, L)
@@ -460,7 +453,7 @@ def objects(scores: Tensor, covered: Tensor, patch_size: int) -> float:
 
 @torch.no_grad()
 def encode(model: CLMAE | None, images: Tensor) -> Tensor:
-    """Features (n, D) of uint8 images (n, 3, H, W); without a model their pixels, shrunk to 32 x 32 if larger."""
+    """Features (n, D) of whole uint8 images (n, 3, H, W); without a model their pixels, shrunk to 32 x 32 if larger."""
     device = (images if model is None else model.mean).device  # the images' may be another, see load_data
     parts = images.split(64 if device.type == "cpu" else 1000)  # as many as a CPU's cache holds
     if model is None:
@@ -512,9 +505,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
-FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # --finetune's defaults
-
-
 def finetune(args: argparse.Namespace, model: CLMAE, record: dict):
     """Train a run's encoder and a linear head on its pooled tokens, and beside it the same from scratch.
 
@@ -561,10 +551,8 @@ def finetune(args: argparse.Namespace, model: CLMAE, record: dict):
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
-
-
 def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.Optimizer, log: list, scores: list):
-    """Write checkpoint.pt, and the log as log.jsonl."""
+    """Write checkpoint.pt and log.jsonl, so that at every moment a whole file, the old or the new, is there."""
     kind = model.mean.device.type
     rng = {"cpu": torch.get_rng_state()}
     if kind != "cpu":
@@ -584,32 +572,28 @@ def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.op
     }
     buffer = io.BytesIO()
     torch.save(record, buffer)
+    lines = "".join(json.dumps(figures) + "\n" for figures in log)
+
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    replace(Path(args.out, "checkpoint.pt"), buffer.getbuffer())
-    replace(Path(args.out, "log.jsonl"), "".join(json.dumps(figures) + "\n" for figures in log).encode())
-
-
-def replace(file: Path, content: bytes):
-    """Write a file so that at every moment a whole one, the old or the new, is there."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "; the earlier one is still whole" if file.exists() else ""
-        raise OSError(f"cannot write {file} ({error.strerror}){kept}") from None
+    for name, content in (("checkpoint.pt", buffer.getbuffer()), ("log.jsonl", lines.encode())):
+        file, temporary = Path(args.out, name), Path(args.out, f"{name}.tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            kept = "; the earlier one is still whole" if file.exists() else ""
+            raise OSError(f"cannot write {file} ({error.strerror}){kept}") from None
 
 
 def restore(args: argparse.Namespace, data: Data, optimizer: torch.optim.Optimizer, record: dict):
     """Put optimiser and random numbers back to where a record was saved, and say from where lambda goes on."""
     check_data(args, data, record)
     optimizer.load_state_dict(record["optimizer"])
-    for kind, state in record["rng"].items():
-        if kind == "cpu":
-            torch.set_rng_state(state)
-        elif kind == optimizer.param_groups[0]["params"][0].device.type:
-            torch.get_device_module(kind).set_rng_state(state)
+    torch.set_rng_state(record["rng"]["cpu"])
+    kind = optimizer.param_groups[0]["params"][0].device.type
+    if kind != "cpu" and kind in record["rng"]:
+        torch.get_device_module(kind).set_rng_state(record["rng"][kind])
     if record["epoch"] < args.epochs:
         lam = curriculum_factor(record["epoch"] / args.epochs, args.lambda_start, args.lambda_end)
         changed = record["options"]["epochs"] != args.epochs
@@ -634,6 +618,14 @@ def check_data(args: argparse.Namespace, data: Data, record: dict):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
+FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # --finetune's defaults
+RANGES = {  # of options, both ends included
+    **dict.fromkeys(("images", "image_size", "patch_size", "epochs", "batch_size", "evaluate_every"), (1, math.inf)),
+    **dict.fromkeys(("holdout", "lr", "weight_decay", "warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("kappa", "tau"), (1e-6, math.inf)),
+    **dict.fromkeys(("lambda_start", "lambda_end"), (-1, 1)),
+    **{"mask_ratio": (0, 1), "min_crop": (0.01, 1), "seed": (0, 2**63 - 1)},
+}
 
 
 def benchmark(args: argparse.Namespace, turns: int = 20):
@@ -643,26 +635,24 @@ def benchmark(args: argparse.Namespace, turns: int = 20):
     data = load_data(args, device)
     lam = torch.tensor(-0.5, device=device)
     inner = 1 if device.type == "cpu" else 10  # steps between two looks at the clock
-    arms, times = {}, {"random": [], "curriculum": []}
-    for args.masking in times:
+    arms = []
+    for args.masking in ("random", "curriculum"):
         model, optimizer = build(args, data, device)
-        arms[args.masking] = (model, torch.compile(model) if args.compile else model, optimizer)
+        arms.append((Losses(args, model, data.images.shape, lam), optimizer, []))
 
-    for turn in range(turns + 1):
-        for name, (model, forward, optimizer) in arms.items():
+    for _ in range(turns + 1):  # the first warms up
+        for forward, optimizer, times in arms:
             start = time.perf_counter()
             for _ in range(inner):
                 images = augment(model.standardise(data.images), args.min_crop)
-                with autocast(args, device):
-                    output = forward(images, lam)
-                output.loss.backward()
+                loss, mae_loss = forward(images, lam)
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            output.mae_loss.item()  # waits for the device
-            if turn:  # the first one warms up
-                times[name].append(1000 * (time.perf_counter() - start) / inner)
+            mae_loss.item()  # waits for the device
+            times.append(1000 * (time.perf_counter() - start) / inner)
 
-    random, learned = (torch.tensor(milliseconds) for milliseconds in times.values())
+    random, learned = (torch.tensor(times[1:]) for _, _, times in arms)  # milliseconds
     low, middle, high = (learned / random).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     print(f"{args.model}, images {tuple(data.images.shape)}, {device}, torch {torch.__version__}; median step:")
     print(f"random {random.median():.2f} ms, curriculum {learned.median():.2f} ms")
@@ -676,9 +666,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(option: str, default, text: str, **more):
         """An option of the `group` last named below."""
-        if isinstance(default, int | float) and "action" not in more:
-            more["type"] = type(default)
         if default is not None and "action" not in more:
+            more["type"] = type(default)
             text += f" (default: {default})"
         group.add_argument(option, default=default, help=text, **more)
 
@@ -711,7 +700,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine and output")
     add("--device", None, "cuda, mps or cpu; default the first that is there")
     add("--amp", None, "bfloat16 matmuls; default on CUDA only", action=toggle)
-    add("--compile", False, "torch.compile the model", action="store_true")
+    add("--compile", False, "torch.compile the model", action=toggle)
+    add("--graph", False, "forward and backward of a step as CUDA graphs: less waiting for the CPU", action=toggle)
     add("--evaluate-every", 5, "epochs from one kNN and linear probe to the next")
     add("--out", None, "run folder; default runs/ and the name of the data, with -random if masks are")
     add("--overwrite", False, "replace the run in that folder", action="store_true")
@@ -723,94 +713,78 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-RANGES = {  # of options, both ends included
-    **dict.fromkeys(("images", "image_size", "patch_size", "epochs", "batch_size", "evaluate_every"), (1, math.inf)),
-    **dict.fromkeys(("holdout", "lr", "weight_decay", "warmup_epochs"), (0, math.inf)),
-    **dict.fromkeys(("kappa", "tau"), (1e-6, math.inf)),
-    **dict.fromkeys(("lambda_start", "lambda_end"), (-1, 1)),
-    **{"mask_ratio": (0, 1), "min_crop": (0.01, 1), "seed": (0, 2**63 - 1)},
-}
+def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, CLMAE | None, dict | None]:
+    """Options; for --resume and --finetune also the run's model and record: what is typed is laid over its options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and value != math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
+    run = args.finetune if args.resume is None else args.resume
+    if run is None and not args.benchmark:
+        name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
+        if args.masking == "random":  # without a masker a run is neutral, in the log and the figures
+            args.lambda_start = args.lambda_end = 0.0
+            name += "-random"
+        args.out = args.out or f"runs/{name}"
+        if Path(args.out, "checkpoint.pt").exists() and not args.overwrite:
+            raise ValueError(f"{args.out} exists: --resume {args.out} goes on with it, --overwrite replaces it")
+    if run is None:
+        return args, None, None
 
-
-def name_run(args: argparse.Namespace):
-    """Where a new run goes. Without a masker it is neutral, in the log and the figures."""
-    name = Path(args.data).resolve().name if os.path.isdir(args.data) else args.data
-    if args.masking == "random":
-        args.lambda_start = args.lambda_end = 0.0
-        name += "-random"
-    args.out = args.out or f"runs/{name}"
-    if Path(args.out, "checkpoint.pt").exists() and not args.overwrite:
-        raise ValueError(f"{args.out} exists: --resume {args.out} goes on with it, --overwrite replaces it")
-
-
-def read_run(parser: argparse.ArgumentParser, argv: list[str] | None, run: str) -> tuple:
-    """For --resume and --finetune: options, model and record of a run. What is typed is laid over its options."""
     model, record = load(run)
     height, width = model.config.image_size
     saved = vars(parser.parse_args([]))  # today's default where the run is older than an option
     saved |= {name: value for name, value in record["options"].items() if name in saved}
     saved |= {"out": str(record["run"]), "resume": None, "patch_size": model.config.patch_size}
     saved["image_size"] = height if height == width else (height, width)
-    free = {"device", "amp", "compile", "data", "data_dir", "evaluate_every", "epochs", "resume", "finetune"}
-    if parser.parse_args(argv).finetune is not None:
+    free = {"device", "amp", "compile", "graph", "data", "data_dir", "evaluate_every", "epochs", "resume", "finetune"}
+    if args.finetune is not None:
         saved |= {"device": None, "amp": None} | FINETUNE
         free |= {"seed", "weight_decay", *FINETUNE}
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     for name in sorted(saved.keys() - free):
         if getattr(args, name) != saved[name]:
-            option = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{option}: {run} has {saved[name]}, and keeps it")
+            typed = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{typed}: {run} has {saved[name]}, and keeps it")
     if args.resume is not None and args.epochs < record["epoch"]:
         raise ValueError(f"--epochs {args.epochs}: {run} has {record['epoch']} already")
     return args, model, record
 
 
-def way_out(error: Exception) -> str | None:
-    """One line on what the user can do about an error; None where it is the program's own."""
-    calls = traceback.extract_tb(error.__traceback__)
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError | ValueError):
-        return f"{text} ({Path(calls[-1].filename).name}:{calls[-1].lineno})"
-    if isinstance(error, MemoryError) or any(f"{word} memory" in text for word in ("of", "allocate", "enough")):
-        if {"load_data", "measure"} & {call.name for call in calls}:
-            return "out of memory: fewer --images or a smaller --image-size need less"
-        return "out of memory: a smaller --batch-size needs less, and the learning rate follows by itself"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile failed: leave it out, or install a C++ compiler ({text[:99]})"
-    return None
-
-
 def main(argv: list[str] | None = None):
-    """The command, with the words after its name."""
+    """The command, with the words after its name. What the user can mend is told in one line."""
     visualize.mend_streams()
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.backends.cudnn.deterministic = True  # the same seed, the same result
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    run = args.finetune if args.resume is None else args.resume
+    out = None
     try:
-        for name, (low, high) in RANGES.items():
-            value = getattr(args, name)
-            if value is not None and not (low <= value <= high and value != math.inf):
-                raise ValueError(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
+        args, model, record = read_options(argv)
         if args.benchmark:
             benchmark(args)
-        elif run is not None:
-            args, model, record = read_run(parser, argv, run)
-            (train if args.finetune is None else finetune)(args, model, record)
+        elif args.finetune is not None:
+            finetune(args, model, record)
         else:
-            name_run(args)
-            train(args)
+            out = args.out
+            train(args, model, record)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        if args.finetune is None and args.out and Path(args.out, "checkpoint.pt").exists():
-            print(f"to go on from the last whole epoch: python train.py --resume {args.out}", file=sys.stderr)
+        if out and Path(out, "checkpoint.pt").exists():
+            print(f"to go on from the last whole epoch: python train.py --resume {out}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        line = way_out(error)
-        if line is None:
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError | ValueError):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text += f" ({Path(place.filename).name}:{place.lineno})"
+        elif isinstance(error, MemoryError) or any(f"{word} memory" in text for word in ("of", "allocate", "enough")):
+            text = "out of memory: fewer --images or a smaller --image-size need less, the steps a smaller --batch-size"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = f"--compile failed: leave it out, or install a C++ compiler ({text[:99]})"
+        else:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
