@@ -1085,7 +1085,7 @@ def test_a_graphed_step_on_a_gpu_is_the_eager_one(capsys, monkeypatch):
         torch.manual_seed(0)
         model, _ = train.build(args, data, device)
         images, lam = model.standardise(data.images[:32]), torch.tensor(0.5, device=device)
-        step = train.losses_of(args, model, images.shape, device)
+        step = train.Losses(args, model, images.shape, lam)
         loss, mae_loss = step(images, lam)
         loss.backward()
         results.append((mae_loss.clone(), *(p.grad.clone() for p in model.parameters())))
@@ -1280,6 +1280,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
         (["--resume", ""], "is no run"),
         (["--finetune", "nowhere"], "nowhere is no run"),
         (["--finetune", ""], "is no run"),
+        (["--graph", "--compile"], "--compile and --graph exclude each other"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -1343,7 +1344,7 @@ def test_the_first_line_names_the_classes(tmp_path, capsys, no_figures):
     save_images(tmp_path / "one" / "cat", 40, size=(32, 32))
     words = ("--images", 32, "--holdout", 8, "--epochs", 1, "--batch-size", 32)
     train.main(options("--data", tmp_path / "one", "--out", tmp_path / "run", *words))
-    assert "32 training and 8 held-out images, no labels" in capsys.readouterr().out
+    assert "32 training and 8 held-out images, no labels (cat class alone)" in capsys.readouterr().out
     assert "knn" not in weights(tmp_path / "run")["log"][1]
     train.main(options("--out", tmp_path / "shapes", "--epochs", 1))
     assert "8 classes (disc, ring, square, ...)" in capsys.readouterr().out.splitlines()[0]

@@ -59,9 +59,13 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
         log, scores = record["log"], record["scores"]
         restore(args, data, optimizer, record)
     c = model.config
-    kinds = f"{len(data.classes)} classes ({', '.join(data.classes[:3])}, ...)" if data.labelled else "no labels"
+    kinds = f"{len(data.classes)} classes ({', '.join(data.classes[:3])}, ...)"
+    if not data.labelled:
+        kinds = f"no labels ({', '.join(data.classes) or 'no'} class alone)"
     print(f"{args.data}: {N:,} training and {len(data.val_images):,} held-out images, {kinds}")
-    print(f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible; {args.epochs} epochs on {device}")
+    print(
+        f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible; {args.epochs} epochs on {device}", flush=True
+    )
 
     for epoch in range(len(log), args.epochs + 1):  # epoch 0 has no batches: it measures where the others start
         order = torch.randperm(N).to(data.images.device).split(B)
@@ -778,8 +782,13 @@ def main(argv: list[str] | None = None):
         if isinstance(error, OSError | ValueError):
             place = traceback.extract_tb(error.__traceback__)[-1]
             text += f" ({Path(place.filename).name}:{place.lineno})"
-        elif isinstance(error, MemoryError) or any(f"{word} memory" in text for word in ("of", "allocate", "enough")):
-            text = "out of memory: fewer --images or a smaller --image-size need less, the steps a smaller --batch-size"
+        elif isinstance(error, MemoryError) or any(
+            f"{word} memory" in text for word in ("out of", "allocate", "enough")
+        ):
+            calls = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            text = "out of memory: a smaller --batch-size needs less, and the learning rate follows by itself"
+            if calls & {"load_data", "measure"}:
+                text = "out of memory: fewer --images or a smaller --image-size need less"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             text = f"--compile failed: leave it out, or install a C++ compiler ({text[:99]})"
         else:
