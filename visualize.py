@@ -6,6 +6,7 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
@@ -78,16 +79,19 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     images = model.standardise(raw)
     outputs = [model(images, lam, torch.Generator().manual_seed(0)) for lam in (1.0, -1.0, 0.0)]
     partner = outputs[0]
+    s = partner.scores.detach()  # (1, L)
     a = model.masker(model.encoder.embed(images)).detach().float()  # (1, L)
-    s = partner.scores.detach()
+    if a.shape != s.shape:  # a masker of one's own
+        a = torch.full_like(s, torch.nan)
     y = s + gumbel_noise(s, torch.Generator().manual_seed(0))
     y = y - y.topk(model.config.visible + 1).values[:, -2:].mean()  # less theta, midway between visible and masked
     loss = partner.patch_loss.detach().masked_fill(partner.mask == 0, torch.nan)
     seen, filled = seen_and_filled(model, raw, partner)
 
-    fig = Figure(figsize=(11, 1.8 + 3.5 * min(max(grid[0] / grid[1], 0.4), 2)), layout="constrained")
+    fig = Figure(figsize=(11, 1.5 + 3.5 * min(max(grid[0] / grid[1], 0.4), 2)), layout="constrained")
     same, pushed = fig.subfigures(1, 2, width_ratios=(2, 1))
-    same.suptitle(f"One step, the masker of epoch {record['log'][-1]['epoch']}: the same at $\\lambda$ = +1 and $-$1")
+    epoch = record["log"][-1]["epoch"]
+    same.suptitle(f"One step with the masker of epoch {epoch}, the last: the same at $\\lambda$ = +1 and $-$1")
     upper, lower = same.subplots(2, 4)
     show(upper[0], raw[0]).axes.set_title("image")
     show_values(upper[1], "a: the masker's score,\nlow = hide", a.reshape(grid))
@@ -100,7 +104,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
 
     pushed.set_facecolor("0.95")
     pushed.suptitle("push = $-$1000 $\\partial$loss/$\\partial$s: where s moves")
-    titles = "+1: partner", "$-$1: adversary", "0: s = 0, other\npatches drawn, no push"
+    titles = "+1: partner", "$-$1: adversary", "0: s = 0, other\npatches, no push"
     for ax, title, output in zip(pushed.subplot_mosaic("AB;C.").values(), titles, outputs, strict=True):
         push = torch.full_like(s, torch.nan)
         if output.scores.requires_grad:  # not so with masks of one's own
@@ -216,7 +220,8 @@ def draw_curves(record: dict, file: Path):
 @matplotlib.rc_context(STYLE)  # around drawing and saving: some settings are read late
 def draw(run: str | Path):
     """Draw all figures of a run folder."""
-    model, record = load(run := Path(run))
+    model, record = load(run)
+    run = record["run"]
     if model.masker is not None:
         draw_step(record, model, run / "step.png")
     draw_masks(record, model, run)
@@ -229,11 +234,11 @@ def draw(run: str | Path):
 def compare(runs: list[str]):
     """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: the mean and range."""
     arms = {}  # by folder without the seed's number, and options: logs
-    for run in dict.fromkeys(Path(run).resolve() for run in runs):
-        record = load(run)[1]
+    records = [load(run)[1] for run in runs]
+    for record in records:
         untold = UNTOLD + LEARNED * (record["options"].get("masking") == "random")
         told = (f"{name} {value}".removesuffix(".0") for name, value in record["options"].items() if name not in untold)
-        arms.setdefault((re.sub(r"-\d+$", "", str(run)), *told), []).append(record["log"])
+        arms.setdefault((re.sub(r"-\d+$", "", str(record["run"].resolve())), *told), []).append(record["log"])
 
     options = [told for _, *told in arms]
     names = [option.split()[0] for option in set(itertools.chain(*options))]  # as often as an option has values
@@ -248,17 +253,23 @@ def compare(runs: list[str]):
         colour = next((colours.pop(option) for option in told if option in colours), None) or f"C{next(others)}"
         title = {key: ", ".join(filter(None, PANELS[key][:2])) for key in COMPARED}
         lines += [(title[key], ", ".join(words), f"{colour}o-", key, logs) for key in COMPARED]
-    draw_panels(lines, Path(runs[0], "compare.png"), one_legend=True)
-    print(f"figure: {Path(runs[0], 'compare.png')}")
+    draw_panels(lines, records[0]["run"] / "compare.png", one_legend=True)
+    print(f"figure: {records[0]['run'] / 'compare.png'}")
+
+
+def mend_streams():
+    """A closed stream, or a letter that a terminal lacks, stops no command."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
+    mend_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by train.py")
     runs = parser.parse_args(argv).runs
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not, a closed one is None
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a path
     try:
         draw(runs[0]) if len(runs) == 1 else compare(runs)
     except KeyboardInterrupt:
