@@ -5,24 +5,23 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
-import traceback
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
+import matplotlib
 import torch
 from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from clmae import CLMAE, Output, gumbel_noise, load, patchify, unpatchify
 
-plt.switch_backend("Agg")  # files only: works without a screen
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe, Ito: colour-blind safe
-plt.rcParams |= {"axes.prop_cycle": plt.cycler(color=CYCLE), "figure.constrained_layout.use": True, "savefig.dpi": 110}
+STYLE = {"axes.prop_cycle": matplotlib.cycler(color=CYCLE), "savefig.dpi": 110, "font.size": 9}
 COLOURS = {"untrained": "black", "partner": "C0", "neutral": "#666666", "adversary": "C1"}
 # By key of the log: title of its panel, its name there, its style. Dotted: a floor, logged in epoch 0 only.
 PANELS = {
@@ -31,38 +30,39 @@ PANELS = {
     "loss": ("reconstruction loss", "training, the run's masks", "C1-"),
     "loss_random": ("reconstruction loss", "held out, random masks", "C0--"),
     "loss_trivial": ("reconstruction loss", "predicting the patch mean", "k:"),
-    "knn": ("kNN accuracy, % of held-out images", "features", "C0o-"),
-    "knn_pixels": ("kNN accuracy, % of held-out images", "raw pixels", "k:"),
-    "objects": ("objects found: area under the ROC curve", "learned masks", "C1o-"),
-    "objects_contrast": ("objects found: area under the ROC curve", "contrast of a patch", "k:"),
+    "knn": ("kNN, % of held-out images", "features", "C0o-"),
+    "knn_pixels": ("kNN, % of held-out images", "raw pixels", "k:"),
+    "linear_probe": ("linear probe, % of held-out images", "", "C0o-"),
+    "objects": ("objects: 1 hidden, 0 shown, 0.5 chance", "learned masks", "C1o-"),
+    "objects_contrast": ("objects: 1 hidden, 0 shown, 0.5 chance", "high contrast hidden", "k:"),
 }
 UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}  # in curves.png; any other key has a panel
-COMPARED = ["hardness", "loss_random", "knn", "objects"]  # in compare.png, whose legend has no option of UNTOLD
-UNTOLD = "seed out resume device overwrite knn_every compile evaluate finetune benchmark data_dir".split()
+COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png, whose legend leaves out:
+UNTOLD = (
+    "seed out resume device overwrite compile data_dir evaluate_every knn_every evaluate finetune benchmark".split()
+)
+LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random masks, which have none of them
 
 
-def show(ax: plt.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
+def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
     """An image (3, H, W) of 0 to 255; or, on it, the chance (h, w) of being masked: red more, blue less than ratio."""
-    ax.clear()  # of the frame before
-    ax.axis("off")
+    ax.set(xticks=[], yticks=[], frame_on=False)
     extent = (0, image.shape[2], image.shape[1], 0)  # in pixels, so that a grid of patches covers the image
     if probability is None:
         return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy(), extent=extent)
     ax.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=-40, vmax=295, extent=extent)  # pale, under colours
-    width = min(ratio, 1 - ratio)  # white at the ratio, full colour where the nearer of 0 and 1 is reached
-    colours = {"cmap": "RdBu_r", "vmin": ratio - width, "vmax": ratio + width, "alpha": 0.6}
-    return ax.imshow(probability.numpy(), extent=extent, **colours)
+    half = min(ratio, 1 - ratio)  # white at the ratio, full colour where the nearer of 0 and 1 is reached
+    return ax.imshow(probability.numpy(), cmap="RdBu_r", vmin=ratio - half, vmax=ratio + half, alpha=0.6, extent=extent)
 
 
-def show_values(ax: plt.Axes, values: Tensor, centre: float = 0.0, colours: str = "RdBu"):
-    """A value for each patch, (h, w): white at the centre, grey where there is none, in figures if there is room."""
-    ax.set(xticks=[], yticks=[], facecolor="0.85")
-    width = 2 * (values - centre).square().nanmean().sqrt().item() or 1.0
-    pale = {"cmap": colours, "vmin": centre - 1.4 * width, "vmax": centre + 1.4 * width}  # under black figures
-    ax.imshow(values.clamp(centre - width, centre + width).numpy(), **pale)
+def show_values(ax: matplotlib.axes.Axes, title: str, values: Tensor, colours: str = "RdBu"):
+    """A value for each patch, (h, w): white at 0, grey where there is none, in figures if there is room."""
+    ax.set(title=title, xticks=[], yticks=[], facecolor="0.85")
+    width = 2 * values.square().nanmean().sqrt().nan_to_num().clamp_min(1e-9).item()
+    ax.imshow(values.clamp(-width, width).numpy(), cmap=colours, vmin=-1.4 * width, vmax=1.4 * width)  # pale
     values = values.round(decimals=1) + 0  # which turns -0 into 0
-    for row, column in values.isfinite().nonzero().tolist() if max(values.shape) <= 8 else []:
-        ax.text(column, row, f"{values[row, column]:.1f}", fontsize=5.6, ha="center", va="center", in_layout=False)
+    for row, column in (values.isfinite() & (max(values.shape) <= 8)).nonzero().tolist():
+        ax.text(column, row, f"{values[row, column]:.1f}", fontsize=7, ha="center", va="center", in_layout=False)
 
 
 def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, Tensor]:
@@ -74,199 +74,191 @@ def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, 
 
 
 def draw_step(record: dict, model: CLMAE, file: Path):
-    """step.png: the first held-out image taken through one training step, at three lambdas with the same noise."""
+    """step.png: the first held-out image taken through one training step, at lambda = +1 and -1 with the same noise."""
     grid, raw = model.config.grid, record["images"][:1]
     images = model.standardise(raw)
-    a = model.masker(model.encoder.embed(images)).detach()  # (1, L)
-    noise = gumbel_noise(a, torch.Generator().manual_seed(0))
-    fig, axes = plt.subplots(3, 7, figsize=(11, 2 + 4.6 * grid[0] / grid[1]), layout="compressed")
-    show(axes[0, 0], raw[0])
-    show_values(axes[1, 0], a.reshape(grid))
-    show_values(axes[2, 0], noise.reshape(grid))
-    rows = [("+1", "partner", "high loss: up"), ("0", "neutral", "no push"), ("-1", "adversary", "high loss: down")]
-    for ax, (lam, role, effect) in zip(axes[:, 1:], rows, strict=True):
-        output = model(images, float(lam), torch.Generator().manual_seed(0))
-        output.scores.retain_grad()
-        output.loss.backward()
-        s, visible = output.scores.detach(), output.mask == 0
-        theta = (s + noise).topk(model.config.visible + 1).values[:, -2:].mean().item()  # y between visible and masked
-        loss = output.patch_loss.detach().masked_fill(visible, torch.nan)
-        show_values(ax[0], s.reshape(grid))
-        show_values(ax[1], (s + noise).reshape(grid), theta)
-        for column, picture in zip(ax[2:4], seen_and_filled(model, raw, output), strict=True):
-            show(column, picture[0])
-        show_values(ax[4], loss.reshape(grid), loss.nanmean().item(), "PuOr_r")
-        push = -1000 * output.scores.grad.masked_fill(visible | (a > 0), torch.nan)  # the clamp stops it where a > 0
-        show_values(ax[5], push.reshape(grid))
-        ax[0].set_ylabel(f"$\\lambda$ = {lam}\n{role}", fontsize=14, color=COLOURS[role])
-        ax[4].set_xlabel(f"mean {loss.nanmean():.2f}", fontsize=13)
-        ax[5].set_xlabel(effect, fontsize=13, color=COLOURS[role])
-    titles = ["image", "s =\n$\\kappa$ |$\\lambda$| min(a, 0)", "y =\ns + noise", "visible =\nK largest y"]
-    titles += ["pred,\nif masked", "patch_loss,\nif masked", "push, a < 0:\n$-$1000 dL/ds"]
-    titles += ["a (low = hide)", "Gumbel noise"]
-    for ax, title in zip([*axes[0], *axes[1:, 0]], titles, strict=True):
-        ax.set_title(title, fontsize=14)
-    note = "Orange: a patch with a loss above the mean. The partner pushes its score up (blue),\n"
-    fig.supxlabel(note + "to show it more often, the adversary down (red), to mask it more often.", fontsize=14)
-    fig.savefig(file, dpi=130, bbox_inches="tight", pad_inches=0.05)
+    outputs = [model(images, lam, torch.Generator().manual_seed(0)) for lam in (1.0, -1.0, 0.0)]
+    partner = outputs[0]
+    s = partner.scores.detach()  # (1, L)
+    a = model.masker(model.encoder.embed(images)).detach().float()  # (1, L)
+    if a.shape != s.shape:  # a masker of one's own
+        a = torch.full_like(s, torch.nan)
+    y = s + gumbel_noise(s, torch.Generator().manual_seed(0))
+    y = y - y.topk(model.config.visible + 1).values[:, -2:].mean()  # less theta, midway between visible and masked
+    loss = partner.patch_loss.detach().masked_fill(partner.mask == 0, torch.nan)
+    seen, filled = seen_and_filled(model, raw, partner)
+
+    fig = Figure(figsize=(11, 1.5 + 3.5 * min(max(grid[0] / grid[1], 0.4), 2)), layout="constrained")
+    same, pushed = fig.subfigures(1, 2, width_ratios=(2, 1))
+    epoch = record["log"][-1]["epoch"]
+    same.suptitle(f"One step with the masker of epoch {epoch}, the last: the same at $\\lambda$ = +1 and $-$1")
+    upper, lower = same.subplots(2, 4)
+    show(upper[0], raw[0]).axes.set_title("image")
+    show_values(upper[1], "a: the masker's score,\nlow = hide", a.reshape(grid))
+    show_values(upper[2], "s = $\\kappa$ |$\\lambda$| min(a, 0)\nred: hide more often", s.reshape(grid))
+    show_values(upper[3], "y $-$ $\\theta$, y = s + noise\nblue: the K largest", y.reshape(grid))
+    show(lower[0], seen[0]).axes.set_title("visible: y > $\\theta$")
+    show(lower[1], filled[0]).axes.set_title("pred, where masked")
+    show_values(lower[2], f"patch_loss\nof masked, mean {loss.nanmean():.2f}", loss.reshape(grid), "PuOr_r")
+    show_values(lower[3], "cost: patch_loss $-$ mean\norange: above 0", (loss - loss.nanmean()).reshape(grid), "PuOr_r")
+
+    pushed.set_facecolor("0.95")
+    pushed.suptitle("push = $-$1000 $\\partial$loss/$\\partial$s: where s moves")
+    titles = "+1: partner", "$-$1: adversary", "0: s = 0, other\npatches, no push"
+    for ax, title, output in zip(pushed.subplot_mosaic("AB;C.").values(), titles, outputs, strict=True):
+        push = torch.full_like(s, torch.nan)
+        if output.scores.requires_grad:  # not so with masks of one's own
+            (gradient,) = torch.autograd.grad(output.loss, output.scores, allow_unused=True, materialize_grads=True)
+            push = (-1000 * gradient).masked_fill((output.mask == 0) | (output.scores == 0), torch.nan)
+        show_values(ax, f"$\\lambda$ = {title}", push.reshape(grid))
+    why = "Where cost > 0 (orange)\ns moves at +1 up (blue):\nshown more often,\nat -1 down (red):\nhidden more often."
+    pushed.text(0.53, 0.1, why + "\n\nGrey: visible, or a > 0:\nnothing moves s.")
+    fig.savefig(file, dpi=130)
 
 
-def masks_by_epoch(record: dict, model: CLMAE, most: int) -> list[tuple[int, float, str, Tensor]]:
-    """Epoch, lambda, what the masker is and its masks' probabilities (8, h, w), for at most `most` epochs."""
-    log, result = record["log"], []
+def masks_by_epoch(record: dict, model: CLMAE, most: int = 40):
+    """Of at most `most` epochs: what to say of the masks, in which colour, and their chances (8, h, w)."""
+    log = record["log"]
     for epoch in torch.linspace(0, len(log) - 1, min(most, len(log))).round().int().tolist():
         lam = log[epoch]["lambda"]
         role = "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
+        if epoch == 0:
+            role = "untrained"
+        words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
+        if "objects" in log[epoch]:
+            words.append(f"objects {log[epoch]['objects']:.2f}")
         probability = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
-        result.append((epoch, lam, role if epoch else "untrained", probability))
-    return result
+        yield words, COLOURS[role], probability
 
 
-def draw_masks(record: dict, model: CLMAE, file: Path, rows: int = 6, columns: int = 9):
-    """masks.png: the first held-out images down, epochs across."""
-    images, ratio = record["images"][:rows], 1 - model.config.visible / model.config.patches
-    masks = masks_by_epoch(record, model, columns)
-    fig, axes = plt.subplots(len(images), 1 + len(masks), figsize=(1 + len(masks), len(images) + 1.2), squeeze=False)
-    for ax, image in zip(axes[:, 0], images, strict=True):
-        show(ax, image)
-    for column, (epoch, lam, role, probability) in zip(axes.T[1:], masks, strict=True):
-        for ax, image, p in zip(column, images, probability, strict=False):
-            drawn = show(ax, image, p, ratio)
-        column[0].set_title(f"epoch {epoch}\n$\\lambda$ = {lam:+.2f}\n{role}", fontsize=10, color=COLOURS[role])
-    label = f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)"
-    fig.colorbar(drawn, ax=axes, location="bottom", fraction=0.03, aspect=60, label=label)
-    fig.savefig(file, bbox_inches="tight", pad_inches=0.05)
-
-
-def draw_gif(record: dict, model: CLMAE, file: Path, most: int = 40):
-    """masks.gif: the same over time, a frame an epoch, at most `most` of them, two a second."""
+def draw_masks(record: dict, model: CLMAE, run: Path):
+    """masks.png: the first held-out images down, at most 9 epochs across; masks.gif: all epochs, two a second."""
+    masks = list(masks_by_epoch(record, model))
     images, ratio = record["images"][:6], 1 - model.config.visible / model.config.patches
-    fig, axes = plt.subplots(2, len(images), figsize=(1.2 * len(images), 2.8), squeeze=False)
-    with (gif := PillowWriter(fps=2)).saving(fig, file, dpi=80):
-        for epoch, lam, role, probability in masks_by_epoch(record, model, most):
-            fig.suptitle(f"epoch {epoch}, $\\lambda$ = {lam:+.2f}, {role}", x=0.02, ha="left", color=COLOURS[role])
-            for (above, below), image, p in zip(axes.T, images, probability, strict=False):
-                show(above, image)
-                show(below, image, p, ratio)
+    n = len(images)
+    columns = [masks[i] for i in torch.linspace(0, len(masks) - 1, min(9, len(masks))).round().int().tolist()]
+    tall = 1.1 * n + 2.1  # inches, 2.1 of them for words
+    place = {"left": 0.01, "right": 0.99, "wspace": 0.08, "hspace": 0.08, "bottom": 1.25 / tall, "top": 1 - 0.85 / tall}
+    fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), tall))
+    axes = fig.subplots(n, 1 + len(columns), squeeze=False, gridspec_kw=place)
+    for column, (words, colour, chances) in zip(axes.T, [([], "black", [None] * n), *columns], strict=True):
+        column[0].set_title("\n".join(words), color=colour)
+        for ax, image, chance in zip(column, images, chances, strict=False):
+            drawn = show(ax, image, chance, ratio)
+    label = f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)"
+    fig.colorbar(drawn, cax=fig.add_axes((0.03, 1 / tall, 0.94, 0.15 / tall)), orientation="horizontal", label=label)
+    caption = f"Rows: the first {n} held-out images, not selected."
+    if "objects" in record["log"][-1]:
+        caption += " objects (mean of up to 500 images): 0.5 chance; above, masks hide the shapes; below, show them."
+    fig.supxlabel(caption, wrap=True, fontsize=10)
+    fig.savefig(run / "masks.png")
+
+    fig = Figure(figsize=(1.1 * max(4, n), 2.5))
+    rows = fig.subplots(2, n, squeeze=False, gridspec_kw=place | {"bottom": 0.01, "top": 0.89})
+    for axes, chances in zip(rows, ([None] * n, masks[0][-1]), strict=True):
+        drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
+    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=70):
+        for words, colour, chances in masks:
+            fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
+            for picture, chance in zip(drawn, chances, strict=False):
+                picture.set_data(chance.numpy())
             gif.grab_frame()
 
 
-def draw_reconstructions(record: dict, model: CLMAE, file: Path, rows: int = 4):
+def draw_reconstructions(record: dict, model: CLMAE, file: Path):
     """reconstructions.png: what the MAE sees and makes of it, under random and under learned masks."""
-    raw = record["images"][:rows]
+    raw = record["images"][:4]
     columns = [("original", raw)]
-    for name, lam in [("random", 0.0), ("learned", record["log"][-1]["lambda"])][: 2 if model.masker else 1]:
+    for lam in dict.fromkeys((0.0, record["log"][-1]["lambda"])):  # one, if the run's masks are random
+        title = {0.0: "random mask"}.get(lam, f"learned mask,\n$\\lambda$ = {lam:+.2f}")
         output = model(model.standardise(raw), lam, torch.Generator().manual_seed(0))  # the same noise for both
-        columns += zip((f"{name} mask", "reconstruction"), seen_and_filled(model, raw, output), strict=True)
-    fig, axes = plt.subplots(len(raw), len(columns), figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.6), squeeze=False)
-    for column, (title, pictures) in zip(axes.T, columns, strict=True):
+        columns += zip((title, "reconstruction"), seen_and_filled(model, raw, output), strict=True)
+    fig = Figure(figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.7), layout="compressed")
+    for column, (title, pictures) in zip(fig.subplots(len(raw), len(columns), squeeze=False).T, columns, strict=True):
+        column[0].set_title(title)
         for ax, picture in zip(column, pictures, strict=True):
             show(ax, picture)
-        column[0].set_title(title, fontsize=9)
-    fig.supxlabel("Visible patches: real pixels. Masked ones, with norm_pix: the real mean and contrast.", fontsize=8)
+    fig.supxlabel("Visible patches: real pixels. Masked ones, with norm_pix: the real mean and contrast.", wrap=True)
     fig.savefig(file)
 
 
-def panels_by_epoch(n: int):
-    """A figure with n panels, two a row, and these."""
-    fig, axes = plt.subplots((n + 1) // 2, 2, figsize=(9, 2.8 * ((n + 1) // 2)), squeeze=False)
-    for ax in axes.flat:
-        ax.set_xlabel("epoch")
+def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
+    """A panel for each title of lines (title, label, style, key, logs); of several logs the mean and the range."""
+    panels = {}  # by title: (label, style, (epoch, value) pairs)
+    for title, label, style, key, logs in lines:
+        entries = [entry for entry in itertools.chain(*logs) if key in entry]
+        pairs = [(entry["epoch"], entry[key]) for entry in entries if entry["epoch"] or key != "loss_random"]
+        pairs += [(logs[0][-1]["epoch"], floor) for _, floor in pairs[:1] if style == "k:"]
+        if pairs and (style != "k:" or title in panels):
+            panels.setdefault(title, []).append((label, style, pairs))
+
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(9, 2.7 * rows), layout="constrained")
+    for i, (title, curves) in enumerate(panels.items(), start=1):
+        ax = fig.add_subplot(rows, 2, i, title=title, xlabel="epoch")
         ax.locator_params("x", integer=True)
-    axes[-1, -1].set_visible(n % 2 == 0)
-    return fig, axes.flat[:n]
+        for label, style, pairs in curves:
+            epochs = sorted({epoch for epoch, _ in pairs})
+            several = [[value for at, value in pairs if at == epoch] for epoch in epochs]
+            low, middle, high = ([f(values) for values in several] for f in (min, mean, max))
+            ax.plot(epochs, middle, style, ms=3, label=label)
+            ax.fill_between(epochs, low, high, color=ax.lines[-1].get_color(), alpha=0.2, lw=0)
+        if len(curves) > 1 and not one_legend:
+            ax.legend()
+    if one_legend:
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    fig.savefig(file)
 
 
 def draw_curves(record: dict, file: Path):
-    """curves.png: the log, a panel for each title of PANELS that it has something of."""
-    log, panels = record["log"], {}
-    for key in dict.fromkeys([*PANELS, *(key for entry in log for key in entry)]):
-        title, label, style = PANELS.get(key, (key, "", "C0o-"))
-        line = [(entry["epoch"], entry[key]) for entry in log if key in entry]
-        if style == "k:" and line and title in panels:
-            panels[title].append(([*line, (log[-1]["epoch"], line[0][1])], label, style))
-        elif style != "k:" and line and key not in UNSHOWN:
-            panels.setdefault(title, []).append((line, label, style))
-    fig, axes = panels_by_epoch(len(panels))
-    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
-        ax.set_title(title)
-        for line, label, style in lines:
-            ax.plot(*zip(*line, strict=True), style, ms=3, label=label)
-        if len(lines) > 1:
-            ax.legend(fontsize=9)
-        if title == "reconstruction loss":  # the untrained loss is far above the others
-            ax.set_ylim(0, 1.3 * max(value for line, _, _ in lines for epoch, value in line if epoch or len(log) < 2))
-    fig.savefig(file)
+    """curves.png: the log, a panel for each title of PANELS that it has something of, and for any other key."""
+    keys = dict.fromkeys([*PANELS, *itertools.chain(*record["log"])])
+    lines = [(*PANELS.get(key, (key, "", "C0o-")), key, [record["log"]]) for key in keys if key not in UNSHOWN]
+    draw_panels(lines, file)
 
 
+@matplotlib.rc_context(STYLE)  # around drawing and saving: some settings are read late
 def draw(run: str | Path):
     """Draw all figures of a run folder."""
-    run, (model, record) = Path(run), load(run)
-    if model.masker:
+    model, record = load(run)
+    run = record["run"]
+    if model.masker is not None:
         draw_step(record, model, run / "step.png")
-    draw_masks(record, model, run / "masks.png")
-    draw_gif(record, model, run / "masks.gif")
+    draw_masks(record, model, run)
     draw_reconstructions(record, model, run / "reconstructions.png")
     draw_curves(record, run / "curves.png")
-    plt.close("all")
     print(f"figures in {run}")
 
 
+@matplotlib.rc_context(STYLE)
 def compare(runs: list[str]):
     """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: the mean and range."""
-    arms = {}  # (name, options): logs by run
-    for run in map(Path, runs):
-        record = load(run)[1]
-        told = frozenset(f"{option} {value}" for option, value in record["options"].items() if option not in UNTOLD)
-        arms.setdefault((re.sub(r"-\d+$", "", str(run)), told), {})[run] = record["log"]
-    shared = frozenset.intersection(*(told for _, told in arms))
-    known = {key for logs in arms.values() for log in logs.values() for entry in log for key in entry}
-    keys = [key for key in COMPARED if key in known]
-    fig, axes = panels_by_epoch(len(keys))
-    for i, ((name, told), logs) in enumerate(arms.items()):
-        name = f"{name} ({len(logs)} seeds)" if len(logs) > 1 else str(*logs)
-        for ax, key in zip(axes, keys, strict=True):
-            ax.set(title=PANELS[key][0], ylabel=PANELS[key][1])
-            values = {}  # by epoch
-            for entry in (entry for log in logs.values() for entry in log if key in entry):
-                if entry["epoch"] or key != "loss_random":  # the untrained loss is far above the others
-                    values.setdefault(entry["epoch"], []).append(entry[key])
-            epochs = sorted(values)
-            low, middle, high = ([f(values[epoch]) for epoch in epochs] for f in (min, mean, max))
-            ax.plot(epochs, middle, "o-", ms=3, color=f"C{i}", label="; ".join([name, *sorted(told - shared)]))
-            ax.fill_between(epochs, low, high, color=f"C{i}", alpha=0.2, lw=0)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=9)
-    fig.savefig(file := Path(runs[0], "compare.png"), bbox_inches="tight")
-    print(f"figure: {file}")
+    arms = {}  # by folder without the seed's number, and options: logs
+    records = [load(run)[1] for run in runs]
+    for record in records:
+        untold = UNTOLD + LEARNED * (record["options"].get("masking") == "random")
+        told = (f"{name} {value}".removesuffix(".0") for name, value in record["options"].items() if name not in untold)
+        arms.setdefault((re.sub(r"-\d+$", "", str(record["run"].resolve())), *told), []).append(record["log"])
 
-
-def fail(message: str):
-    """Stop with one line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def one_line_errors():
-    """What a user can mend is told in one line, without a traceback, and with the place in the code that refused."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # if closed
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a path
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (OSError, ValueError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        fail(f"{' '.join(str(error).split())} ({Path(place.filename).name}:{place.lineno})")
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        fail("out of memory: a smaller --batch-size needs less, and the learning rate follows by itself")
+    options = [told for _, *told in arms]
+    names = [option.split()[0] for option in set(itertools.chain(*options))]  # as often as an option has values
+    colours, others = {"masking random": "C0", "masking curriculum": "C1"}, itertools.count(2)
+    lines = []
+    for (folder, *told), logs in arms.items():
+        words = [option.removeprefix("masking ") for option in told if names.count(option.split()[0]) > 1]
+        if not words or options.count(told) > 1:
+            words.insert(0, Path(folder).name)
+        if len(logs) > 1:
+            words.append(f"{len(logs)} seeds: mean and range")
+        colour = next((colours.pop(option) for option in told if option in colours), None) or f"C{next(others)}"
+        title = {key: ", ".join(filter(None, PANELS[key][:2])) for key in COMPARED}
+        lines += [(title[key], ", ".join(words), f"{colour}o-", key, logs) for key in COMPARED]
+    draw_panels(lines, records[0]["run"] / "compare.png", one_legend=True)
+    print(f"figure: {records[0]['run'] / 'compare.png'}")
 
 
 def mend_streams():
-    """Closed streams, and letters that a terminal lacks, stop no command."""
+    """A closed stream, or a letter that a terminal lacks, stops no command."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -274,12 +266,18 @@ def mend_streams():
 
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
+    mend_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by train.py")
-    parser.error = fail
-    with one_line_errors():
-        runs = parser.parse_args(argv).runs
+    runs = parser.parse_args(argv).runs
+    try:
         draw(runs[0]) if len(runs) == 1 else compare(runs)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (OSError, ValueError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":
