@@ -880,7 +880,7 @@ def test_a_run_leaves_a_log_a_checkpoint_and_pictures(run):
     assert checkpoint["images"].shape == (8, 3, 32, 32)
     for name in ("masks.png", "masks.gif", "reconstructions.png", "curves.png", "step.png"):
         with Image.open(run / name) as picture:
-            assert min(picture.size) >= 200
+            assert min(picture.size) >= 170
             if name == "masks.gif":
                 assert picture.n_frames == 3
             grey = torchvision.transforms.functional.pil_to_tensor(picture.convert("L")).float()
@@ -1150,87 +1150,217 @@ def test_the_benchmark_times_both_arms(capsys, monkeypatch):
 
 
 @pytest.fixture
-def shown(monkeypatch) -> list:
-    """What visualize.show is given: the image and, where there is one, the probability of being masked."""
-    seen, show = [], visualize.show
-    monkeypatch.setattr(visualize, "show", lambda ax, *args: seen.append(args) or show(ax, *args))
-    return seen
+def saved(monkeypatch) -> tuple[list, list]:
+    """The figures that were saved, which are not written, and the frames of a gif: title, colour, pictures by axes."""
+    figures, frames, savefig = [], [], visualize.Figure.savefig
+
+    def record(figure, file, **options):
+        figures.append(figure)
+        figure.told_dpi = visualize.matplotlib.rcParams["savefig.dpi"]
+        if not isinstance(file, Path):
+            title = figure._suptitle
+            frames.append((title.get_text(), title.get_color(), [pictures(ax) for ax in figure.axes]))
+            savefig(figure, file, **options)
+
+    monkeypatch.setattr(visualize.Figure, "savefig", record)
+    return figures, frames
 
 
-def test_masks_are_drawn_epoch_by_epoch(run, tmp_path, shown):
-    model, record = clmae.load(run)
-    visualize.draw_masks(record, model, tmp_path / "masks.png")
-    visualize.draw_gif(record, model, tmp_path / "masks.gif")
-    # Six images, in the columns of masks.png, then in masks.gif.
-    drawn, ratios = zip(*(args[1:] for args in shown if len(args) > 1), strict=True)
-    assert {*ratios} == {0.75}
-    expected = [model.mask_probability(scores).reshape(8, 8, 8) for scores in record["scores"]]
-    assert len(drawn) == 2 * 3 * 6 and all(torch.equal(p, expected[i // 6 % 3][i % 6]) for i, p in enumerate(drawn))
-    assert not torch.equal(expected[0], expected[2])
-    roles = [role for _, _, role, _ in visualize.masks_by_epoch(record, model, 3)]
-    assert roles == ["untrained", "partner", "adversary"]
-    assert [epoch for epoch, *_ in visualize.masks_by_epoch(record, model, 2)] == [0, 2]
-    picture = visualize.show(visualize.plt.figure().add_subplot(), torch.zeros(3, 8, 8), torch.rand(2, 2), 0.75)
-    (r0, _, b0, _), (r1, _, b1, _) = picture.to_rgba([0.5, 1.0])
-    assert b0 > r0 and r1 > b1  # blue: less, red: more often than by a random mask
+def pictures(ax) -> list[torch.Tensor]:
+    """What was given to imshow; nan where nothing is drawn."""
+    return [torch.tensor(image.get_array().astype(float).filled(math.nan)).float() for image in ax.images]
 
 
-def test_the_push_in_step_png_is_where_descent_moves_the_score(run, tmp_path, monkeypatch):
-    seen, show = [], visualize.show_values
-    monkeypatch.setattr(visualize, "show_values", lambda ax, *args: seen.append(args[0]) or show(ax, *args))
+def untrained(size: tuple[int, int]) -> tuple[CLMAE, dict]:
+    """A model for images of this size and what the pictures need of a run's record."""
+    torch.manual_seed(0)
+    model, images = CLMAE(small(image_size=size)), torch.randint(256, (8, 3, *size), dtype=torch.uint8)
+    log = [{"epoch": i, "lambda": lam} for i, lam in enumerate((1.0, 0.0, -1.0))]
+    scores = [model.scores(model.standardise(images), entry["lambda"]).detach() for entry in log]
+    return model, {"log": log, "scores": scores, "images": images}
+
+
+def is_warm(image, value: float) -> bool:
+    red, _, blue, _ = image.to_rgba([value])[0]
+    return red > blue
+
+
+@pytest.mark.parametrize("size", [None, (8, 24)])
+def test_masks_are_drawn_epoch_by_epoch_each_on_its_image(run, tmp_path, saved, size):
+    model, record = untrained(size) if size else clmae.load(run)
+    visualize.draw_masks(record, model, tmp_path)
+    (png, *_), frames = saved
+    chances = [model.mask_probability(scores).reshape(8, *model.config.grid) for scores in record["scores"]]
+    assert not torch.equal(chances[0], chances[1]) and len(frames) == len(chances) == 3
+    for i, image in enumerate(record["images"][:6].float()):
+        original, *row = png.axes[4 * i : 4 * i + 4]
+        assert torch.equal(pictures(original)[0], image.permute(1, 2, 0))
+        for epoch, ax in enumerate(row):
+            assert torch.equal(frames[epoch][2][i][0], image.permute(1, 2, 0))
+            for background, chance in (pictures(ax), frames[epoch][2][6 + i]):
+                assert torch.equal(background, image.mean(0)) and torch.equal(chance, chances[epoch][i])
+            assert {tuple(part.get_extent()) for part in ax.images} == {(0, image.shape[2], image.shape[1], 0)}
+    assert is_warm(ax.images[1], 1.0) and not is_warm(ax.images[1], 0.5)  # red: more often than by a random mask
+    roles = {"untrained": "black", ("neutral" if size else "partner"): "#666666" if size else "C0", "adversary": "C1"}
+    for entry, role, ax, frame in zip(record["log"], roles, png.axes[1:4], frames, strict=True):
+        words = [f"epoch {entry['epoch']}", f"$\\lambda$ = {entry['lambda']:+.2f}", role]
+        words += [] if size else [f"objects {entry['objects']:.2f}"]
+        assert ax.get_title() == "\n".join(words) and frame[0] == ", ".join(words)
+        assert ax.title.get_color() == frame[1] == roles[role]
+    caption = png.get_supxlabel()
+    assert "first 6 held-out images, not selected" in caption and ("0.5 chance" in caption) == (size is None)
+    assert [mask[0][0] for mask in visualize.masks_by_epoch(record, model, 2)] == ["epoch 0", "epoch 2"]
+
+
+def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     model, record = clmae.load(run)
     visualize.draw_step(record, model, tmp_path / "step.png")
-    a, (_, y, loss, push) = seen[0], seen[2:6]  # of lambda = +1
-    assert ((push > 0) == (loss > loss.nanmean()))[push.isfinite()].all() and push.isfinite().sum() > 5
-    assert torch.equal(push.isfinite(), loss.isfinite() & (a <= 0))  # what reaches the masker
-    assert torch.equal(y.flatten().topk(16).indices.sort()[0], loss.flatten().isnan().nonzero()[:, 0])
-    for column, sign in ((5, 1), (6, -1)):  # as the note below says: a high loss is orange, a push up is blue
-        (image,) = visualize.plt.gcf().axes[column].images
-        red, _, blue, _ = image.to_rgba(image.get_clim()).T  # of the lowest and the highest value
-        low, high = sign * (red - blue)
-        assert low < 0 < high
+    ((figure,), _), raw = saved, record["images"][:1]
+    image, a, s, y, seen, filled, loss, cost, *pushes = figure.axes
+    x, k = model.standardise(raw), model.config.visible
+    out, scores = model(x, 1.0, generator()), model.masker(model.encoder.embed(x))[0].detach()
+    visible, patch_loss = out.mask[0] == 0, out.patch_loss[0].detach()
+    above = (out.scores + clmae.gumbel_noise(out.scores, generator())).detach()[0]
+    above = above - above.topk(k + 1).values[-2:].mean()  # y less theta
+    assert torch.equal(above > 0, visible)
+    costs = (patch_loss - out.mae_loss.detach()).masked_fill(visible, math.nan)
+    slope = above.sigmoid() * (1 - above.sigmoid()) / (model.config.patches - k)  # of soft
+    moved = (1000 * costs * slope).masked_fill(scores > 0, math.nan)  # at lambda = +1
+    expected = {a: scores, s: 2 * scores.clamp(max=0), y: above, loss: patch_loss.masked_fill(visible, math.nan)}
+    expected |= dict(zip((cost, *pushes), (costs, moved, -moved, moved * math.nan), strict=True))
+    for ax, values in expected.items():
+        values = values.reshape(8, 8)
+        width = 2 * values.square().nanmean().sqrt().nan_to_num(1)  # stronger colours would hide the figures
+        torch.testing.assert_close(pictures(ax)[0], values.clamp(-width, width), equal_nan=True, rtol=1e-3, atol=1e-3)
+        written = {text.get_position()[::-1]: float(text.get_text()) for text in ax.texts}
+        rounded = {place: values[place].item() for place in map(tuple, values.isfinite().nonzero().tolist())}
+        assert written == pytest.approx(rounded, abs=0.051)
+    assert is_warm(cost.images[0], 1) and not is_warm(pushes[0].images[0], 1)  # orange: above the mean; blue: up
+    assert torch.equal(pictures(image)[0], raw[0].permute(1, 2, 0))
+    for ax, is_grey in ((seen, True), (filled, False)):
+        patches = patchify(pictures(ax)[0].permute(2, 0, 1)[None], 4)[0]
+        torch.testing.assert_close(patches[visible], patchify(raw.float(), 4)[0][visible], atol=1, rtol=0)
+        assert (patches[~visible] == 160).all() == is_grey
+    words = ["image", "a: the", "s = ", "y $-$", "visible: y > ", "pred, ", "patch_loss", "cost: patch_loss $-$ mean"]
+    words += ["$\\lambda$ = +1: partner", "$\\lambda$ = $-$1: adversary", "$\\lambda$ = 0: s = 0"]
+    assert all(ax.get_title().startswith(word) for ax, word in zip(figure.axes, words, strict=True))
+    assert f"mean {out.mae_loss:.2f}" in loss.get_title()
+    same, pushed = figure.subfigs
+    assert "last masker (epoch 2): the same at $\\lambda$ = +1 and $-$1" in same.get_suptitle()
+    assert "cost > 0 (orange)\ns moves at +1 up (blue)" in pushed.texts[-1].get_text()
 
 
-def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_path, shown):
-    model, record = clmae.load(run)
+@pytest.mark.parametrize("changed", ["score_tokens", "masker"])
+def test_masks_of_ones_own_are_drawn_without_a_push(tmp_path, saved, changed):
+    model, record = untrained((16, 16))
+    own = torch.linspace(-1, 0, 16)[None]
+    model.masker = torch.nn.Identity()
+    setattr(*((model.masker, "forward") if changed == "masker" else (model, changed)), lambda x, lam=0: own)
+    visualize.draw_step(record, model, tmp_path / "step.png")
+    _, _, s, *_, plus, minus, zero = saved[0][0].axes
+    assert (pictures(s)[0].flatten().diff() >= 0).all() and s.texts[0].get_text() in ("-1.0", "-2.0")
+    assert all(picture.isnan().all() for ax in (plus, minus, zero) for picture in pictures(ax))
+
+
+def test_no_image_makes_a_huge_figure(tmp_path, saved):
+    model, record = untrained((1024, 8))
+    visualize.draw_step(record, model, tmp_path / "step.png")
+    visualize.draw_masks(record, model, tmp_path)
     visualize.draw_reconstructions(record, model, tmp_path / "r.png")
-    pictures = [patchify(args[0][None].float(), 4)[0] for args in shown]
-    rows = len(pictures) // 5
-    masks = [model(model.standardise(record["images"][:rows]), lam, generator()).mask for lam in (0.0, -1.0)]
-    for i in range(rows):
-        original, *pairs = pictures[i::rows]
+    assert len(saved[0]) == 6  # with the frames of masks.gif
+    assert max(max(figure.get_size_inches()) for figure in saved[0]) < 15
+
+
+def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_path, saved):
+    model, record = clmae.load(run)
+    record["log"][-1]["lambda"] = -0.5  # at -1 the mask is that of +1, epoch 0's
+    visualize.draw_reconstructions(record, model, tmp_path / "r.png")
+    axes, raw = saved[0][0].axes, record["images"][:4]
+    assert axes[1].get_title() == "random mask" and axes[3].get_title() == "learned mask,\n$\\lambda$ = -0.50"
+    assert "real mean and contrast" in saved[0][0].get_supxlabel()
+    masks = [model(model.standardise(raw), lam, generator()).mask for lam in (0.0, -0.5, -1.0)]
+    assert not torch.equal(masks[1], masks[0]) and not torch.equal(masks[1], masks[2])
+    shown = [patchify(pictures(ax)[0].permute(2, 0, 1)[None], 4)[0] for ax in axes]
+    for i, image in enumerate(raw):
+        original, *pairs = shown[5 * i : 5 * i + 5]
+        assert torch.equal(original, patchify(image[None].float(), 4)[0])
         for mask, seen, filled in ((masks[0], pairs[0], pairs[1]), (masks[1], pairs[2], pairs[3])):
             assert (filled - original).mean().abs() < 20  # of the same brightness
             visible = (seen == original).all(1)
             assert torch.equal(visible, mask[i] == 0) and (seen[~visible] == 160).all()
-            torch.testing.assert_close(filled[visible], original[visible])
+            torch.testing.assert_close(filled[visible], original[visible], atol=1, rtol=0)
             assert (filled[~visible] - original[~visible]).abs().mean() > 3
 
 
-def test_curves_show_all_that_was_logged(tmp_path):
-    keys = {"lambda": 0.0, "hardness": 1.0, "my_own_figure": 3.0}
-    losses = [{"loss_random": 9.0, "loss_trivial": 0.25}, {"loss": 0.8, "loss_random": 0.7}, {"loss": 0.5}]
-    visualize.draw_curves({"log": [{"epoch": i, **keys, **loss} for i, loss in enumerate(losses)]}, tmp_path / "c.png")
-    panels = {ax.get_title(): ax for ax in visualize.plt.gcf().axes}
-    losses = panels["reconstruction loss"]
-    assert 0.8 < losses.get_ylim()[1] < 1.3  # the untrained loss is far above; --no-norm-pix: above loss_trivial
-    assert [len(line.get_xdata()) for line in losses.lines] == [2, 2, 2]
-    assert panels["my_own_figure"].lines[0].get_ydata().tolist() == [3, 3, 3]
+def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved):
+    names = {"lambda": "lambda", "hardness": "learned / random masks", "loss": "loss training"}
+    names |= {"loss_random": "loss held out", "loss_trivial": "loss predicting the patch mean", "knn": "kNN features"}
+    names |= {"knn_pixels": "kNN raw pixels", "linear_probe": "linear probe", "objects": "objects learned masks"}
+    names |= {"objects_contrast": "objects high contrast", "my_own_figure": "my_own_figure"}
+    log = [{"epoch": epoch, "lr": 1.0} for epoch in range(3)]
+    for i, key in enumerate(names):
+        for entry in log[:1] if key in ("loss_trivial", "knn_pixels", "objects_contrast") else log:
+            entry[key] = 1 + i / 10 + entry["epoch"] / 100
+    log[0]["loss_random"] = 9.0  # untrained: far above the others
+    visualize.draw_curves({"log": log}, tmp_path / "c.png")
+    drawn = {}  # by key
+    for ax in saved[0][0].axes:
+        assert ax.get_ylim()[1] < 3
+        for line in ax.lines:
+            said = f"{ax.get_title()} {line.get_label()}"
+            (key,) = (key for key, words in names.items() if all(word in said for word in words.split(" ")))
+            drawn[key] = [values[1] for values in line.get_xydata()]
+    expected = {key: [entry[key] for entry in log if entry.get(key, 9) < 9] for key in names}
+    assert drawn == {key: pytest.approx(values if len(values) > 1 else 2 * values) for key, values in expected.items()}
 
 
-def test_runs_are_compared_as_far_as_they_go(run, tmp_path):
-    for name, log in (("a-0", [1.0, 0.9]), ("a-1", [1.0, 0.7, 0.6]), ("old", [1.0])):
+def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved):
+    logs = {"a-0": [1.0, 0.9], "a-1": [1.0, 0.7, 0.6], "b": [1.0], "c": [0.5], "d": [0.5]}
+    for seed, (name, log) in enumerate(logs.items()):
         record = weights(run)
-        record["options"] |= {"seed": len(log), "lr": 1.0 if name == "old" else 2.0}
-        record["log"] = [{"epoch": i, "hardness": value} for i, value in enumerate(log)]
+        record["options"] |= {"seed": seed, "evaluate_every": seed, "lambda_end": 0.0 if name in "cd" else -1.0}
+        if name in ("a-0", "a-1"):
+            record["options"] |= {"masking": "random", "lambda_start": 0.0, "lambda_end": 0.0}
+        record["log"] = [{"epoch": i, "hardness": value, "linear_probe": 2 * value} for i, value in enumerate(log)]
         (tmp_path / name).mkdir()
         torch.save(record, tmp_path / name / "checkpoint.pt")
-    visualize.main([str(tmp_path / name) for name in ("a-0", "a-1", "old")])
-    (ax,) = (ax for ax in visualize.plt.gcf().axes if ax.get_title().startswith("hardness"))
-    arm, old = ax.lines
-    assert list(arm.get_xdata()) == [0, 1, 2] and list(arm.get_ydata()) == pytest.approx([1, 0.8, 0.6])
-    assert list(old.get_ydata()) == [1] and "lr 2.0" in arm.get_label() and "2 seeds" in arm.get_label()
-    assert (tmp_path / "a-0" / "compare.png").stat().st_size > 10_000
+    a0, a1, b, c, d = (str(tmp_path / name) for name in logs)
+    visualize.main([a0, a1, b, c])
+    hardness, probe = saved[0][0].axes
+    assert hardness.get_title().startswith("hardness") and probe.get_title().startswith("linear probe")
+    for ax, times in ((hardness, 1), (probe, 2)):
+        assert [len(line.get_xdata()) for line in ax.lines] == [3, 1, 1]
+        assert ax.lines[0].get_ydata() == pytest.approx([times, 0.8 * times, 0.6 * times])
+        band = {tuple(corner) for corner in ax.collections[0].get_paths()[0].vertices.round(6).tolist()}
+        assert band == {(0, times), (1, times * 0.7), (1, times * 0.9), (2, times * 0.6)}
+        assert [line.get_ydata()[0] for line in ax.lines[1:]] == [times, times / 2]
+        colours = [visualize.matplotlib.colors.to_hex(line.get_color()).upper() for line in ax.lines]
+        assert colours == ["#0072B2", "#D55E00", "#009E73"]  # random, curriculum, another
+    for runs, told in {
+        (a0, a1, b, c): ["random, 2 seeds: mean and range", "curriculum, lambda_end -1", "curriculum, lambda_end 0"],
+        (b, a0): ["curriculum", "random"],
+        (b, c): ["lambda_end -1", "lambda_end 0"],
+        (c, d): ["c", "d"],
+    }.items():
+        visualize.main([*runs])
+        assert [text.get_text() for text in saved[0][-1].legends[0].get_texts()] == told
+
+
+def test_drawing_works_anywhere_and_changes_no_setting(run, tmp_path, saved, capsys, monkeypatch):
+    settings = dict(visualize.matplotlib.rcParams)
+    shutil.copytree(run, tmp_path / "ünïcode")
+    notebook = type("Notebook", (), {"write": lambda self, text: None})()
+    for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), None, notebook):  # a poor terminal, a closed one
+        monkeypatch.setattr(sys, "stdout", stream)
+        visualize.main([str(tmp_path / "ünïcode")] * (1 if stream is notebook else 2))
+    assert {figure.told_dpi for figure in saved[0]} == {110} and not hasattr(visualize, "plt")
+    assert dict(visualize.matplotlib.rcParams) == settings
+    for words, error in ((["nowhere"], "error: nowhere is no run"), ([], "usage: ")):
+        with pytest.raises(SystemExit) as stop:
+            visualize.main(words)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith(error)
+    for name in ("step.png", "masks.png", "masks.gif", "reconstructions.png", "curves.png"):
+        assert (run / name).stat().st_size > 3_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
