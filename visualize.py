@@ -90,8 +90,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
 
     fig = Figure(figsize=(11, 1.5 + 3.5 * min(max(grid[0] / grid[1], 0.4), 2)), layout="constrained")
     same, pushed = fig.subfigures(1, 2, width_ratios=(2, 1))
-    epoch = record["log"][-1]["epoch"]
-    same.suptitle(f"One step with the masker of epoch {epoch}, the last: the same at $\\lambda$ = +1 and $-$1")
+    same.suptitle(f"One step, last masker (epoch {record['log'][-1]['epoch']}): the same at $\\lambda$ = +1 and $-$1")
     upper, lower = same.subplots(2, 4)
     show(upper[0], raw[0]).axes.set_title("image")
     show_values(upper[1], "a: the masker's score,\nlow = hide", a.reshape(grid))
