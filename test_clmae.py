@@ -1252,13 +1252,14 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
 
 @pytest.mark.parametrize("changed", ["score_tokens", "masker"])
 def test_masks_of_ones_own_are_drawn_without_a_push(tmp_path, saved, changed):
-    model, record = untrained((16, 16))
-    own = torch.linspace(-1, 0, 16)[None]
+    model, record = untrained((8, 24))
+    own = torch.linspace(-1, 0, 12)[None]
     model.masker = torch.nn.Identity()
     setattr(*((model.masker, "forward") if changed == "masker" else (model, changed)), lambda x, lam=0: own)
     visualize.draw_step(record, model, tmp_path / "step.png")
     _, _, s, *_, plus, minus, zero = saved[0][0].axes
-    assert (pictures(s)[0].flatten().diff() >= 0).all() and s.texts[0].get_text() in ("-1.0", "-2.0")
+    assert pictures(s)[0].shape == (2, 6) and (pictures(s)[0].flatten().diff() >= 0).all()  # not transposed
+    assert s.texts[0].get_text() in ("-1.0", "-2.0")
     assert all(picture.isnan().all() for ax in (plus, minus, zero) for picture in pictures(ax))
 
 
