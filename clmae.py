@@ -10,7 +10,7 @@ from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide
 
 Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width (Dd the decoder's, Dm the masker's),
 lam the factor lambda. Of an image: x tokens, z the encoder's features, ids the K visible patches, theta the threshold
-of y for being visible. Of a patch: a raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
+of y for being visible. Of a patch: `a` the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
 soft its differentiable stand-in, mask = 1 - hard, patch_loss its error, cost how far that is above its image's mean.
 MAE is He et al., CVPR 2022. `python clmae.py` shows one step and who gets which gradient.
 """
@@ -268,7 +268,7 @@ def gumbel_top_k(
     ids = ids[:, :k]
     hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
 
-    # theta is two tokens' y, averaged: undetached, minus the gradient of every token would land on those two.
+    # theta is two tokens' y, averaged. Detached: else those two would get the negated gradients of all.
     theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
     return ids, hard, soft
@@ -364,7 +364,7 @@ class CLMAE(nn.Module):
         # min(a, 0): it may only hide, features were worse when it could also show. About half of the tokens have a < 0
         # and are hidden more often than the others, which share s = 0 and pass no gradient on.
         # |lam|: AdamW rescales gradients to unit size, so a loss that shrinks with lam would not slow the masker down;
-        # therefore its scores, how far masks depart from random ones, shrink too.
+        # therefore its scores, how far masks depart from random ones, shrink too. The sign of lam is the loss's.
         return self.config.kappa * abs(lam) * a.clamp(max=0)  # (B, L)
 
     def forward(self, images: Tensor, lam: Tensor | float = 0.0, generator: torch.Generator | None = None) -> Output:
@@ -483,9 +483,11 @@ def tour():
         told = "visible"
         if out.mask[0, i]:
             told = f"{out.patch_loss[0, i]:7.3f}{push[1.0][0, i]:+20.2f}{push[-1.0][0, i]:+14.2f}"
+        if out.mask[0, i] and out.scores[0, i] == 0:
+            told += "   stopped: a > 0"
         print(f"{i:5d}{out.scores[0, i]:+10.2f}      {told}")
     print("\nThe partner (+1) raises the score of masked patches with a loss above the mean, to show them more often;")
-    print("the adversary (-1) lowers it. Where s = 0 the masker passes no push on: it may only hide.")
+    print("the adversary (-1) lowers it. Where a > 0, s = min(a, 0) = 0 stops the push: the masker may only hide.")
 
 
 if __name__ == "__main__":

@@ -806,6 +806,8 @@ def test_fine_tuning_learns_from_the_patch_tokens_and_moves_the_first_layers_lea
     monkeypatch.setattr(train, "load_data", lambda args, device: data)
     optimizers, adamw = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
+    pooled, features = [], CLMAE.features
+    monkeypatch.setattr(CLMAE, "features", lambda m, x: pooled.append(torch.is_grad_enabled()) or features(m, x))
     encoder = model.encoder
     before, norm = encoder.patch_embed.proj.weight.clone(), encoder.norm.weight.clone()
     args = arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2, "--no-amp", "--device", "cpu")
@@ -813,6 +815,7 @@ def test_fine_tuning_learns_from_the_patch_tokens_and_moves_the_first_layers_lea
     train.finetune(args, model, {"options": {"data": "other images"}})
     told = re.findall(r"fine-tuned for 4 epochs, (.*): (.*) %", capsys.readouterr().out)
     assert [name for name, _ in told] == ["pretrained", "from scratch"] and float(told[0][1]) == 100
+    assert sum(pooled) == 2 * 4 * 8  # each batch goes through the mean of the patch tokens, not through CLS
     assert not torch.equal(torch.get_rng_state(), rng) and not torch.equal(encoder.patch_embed.proj.weight, before)
     assert not torch.equal(encoder.norm.weight, norm)
     for tuned in optimizers:
@@ -920,18 +923,17 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
     data = train.load_data(arguments("--images", 64, "--holdout", 64))
     model, _ = clmae.load(tmp_path / "run")
     whole = model.standardise(data.images)
-    orders = []
-    for batch in images:  # whose crops they are: the nearest in colour
-        colours = [x.flatten(2).mean(2) for x in (batch, whole)]
-        orders.append(torch.cdist(*colours).argmin(1).tolist())
-        assert min((batch[i] - x).abs().max() for i, x in enumerate(whole[orders[-1]])) > 0.01  # each is another crop
-    assert len({*orders[0], *orders[1]}) > 48 and orders[0] != sorted(orders[0])  # an epoch has all images, shuffled
-    assert orders[:2] != orders[2:]
-    train.main(options("--out", tmp_path / "half", "--amp", "--epochs", 1, "--min-crop", 1))
-    assert all(step[3] for step in steps[4:]) and len(steps) == 6
-    for batch, _, _, _ in steps[4:]:  # --min-crop 1: no crop
-        whole_or_flipped = torch.cat([whole, whole.flip(3)]).flatten(1)
-        assert torch.cdist(batch.flatten(1), whole_or_flipped).amin(1).max() < 0.1
+    for batch in images:  # each is another crop
+        assert torch.cdist(batch.flatten(1), whole.flatten(1)).min() > 0.1
+    train.main(options("--out", tmp_path / "half", "--amp", "--min-crop", 1))
+    assert all(step[3] for step in steps[4:]) and len(steps) == 8
+    distance = torch.cdist(
+        torch.cat([s[0] for s in steps[4:]]).flatten(1), torch.cat([whole, whole.flip(3)]).flatten(1)
+    )
+    assert distance.amin(1).max() < 0.1  # --min-crop 1: no crop
+    order = (distance.argmin(1) % 64).tolist()
+    first, second = order[:64], order[64:]
+    assert sorted(first) == sorted(second) == list(range(64)) and len({(*first,), (*second,), (*range(64),)}) == 3
 
 
 def test_lambda_0_throughout_trains_what_random_masks_train(tmp_path, no_figures):
@@ -982,6 +984,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
     assert torch.equal(whole["rng"]["cpu"], resumed["rng"]["cpu"])
+    differ = {name for name, value in whole["options"].items() if resumed["options"][name] != value}
+    assert differ == {"out", "resume", "image_size", "patch_size"}  # of the last two the sizes that were found
     for entry in whole["log"] + resumed["log"]:
         entry["images_per_s"] = 0
     assert whole["log"] == resumed["log"]

@@ -124,7 +124,7 @@ def masks_by_epoch(record: dict, model: CLMAE, most: int = 40):
         if epoch == 0:
             role = "untrained"
         words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
-        if "objects" in log[epoch]:
+        if "objects" in log[epoch] and role != "neutral":  # which has no masks to speak of
             words.append(f"objects {log[epoch]['objects']:.2f}")
         probability = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
         yield words, COLOURS[role], probability
