@@ -46,7 +46,7 @@ LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random m
 
 def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
     """An image (3, H, W) of 0 to 255; or, on it, the chance (h, w) of being masked: red more, blue less than ratio."""
-    ax.set(xticks=[], yticks=[], frame_on=False)
+    ax.set_axis_off()
     extent = (0, image.shape[2], image.shape[1], 0)  # in pixels, so that a grid of patches covers the image
     if probability is None:
         return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy(), extent=extent)
