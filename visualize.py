@@ -152,11 +152,12 @@ def draw_masks(record: dict, model: CLMAE, run: Path):
     fig.supxlabel(caption, wrap=True, fontsize=10)
     fig.savefig(run / "masks.png")
 
+    n = min(n, 5)  # all six would be a file of more than 400 kB
     fig = Figure(figsize=(1.1 * max(4, n), 2.5))
     rows = fig.subplots(2, n, squeeze=False, gridspec_kw=place | {"bottom": 0.01, "top": 0.89})
     for axes, chances in zip(rows, ([None] * n, masks[0][-1]), strict=True):
         drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
-    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=70):
+    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=80):
         for words, colour, chances in masks:
             fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
             for picture, chance in zip(drawn, chances, strict=False):
