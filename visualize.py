@@ -46,7 +46,7 @@ LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random m
 
 def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
     """An image (3, H, W) of 0 to 255; or, on it, the chance (h, w) of being masked: red more, blue less than ratio."""
-    ax.set(xticks=[], yticks=[], frame_on=False)
+    ax.set_axis_off()
     extent = (0, image.shape[2], image.shape[1], 0)  # in pixels, so that a grid of patches covers the image
     if probability is None:
         return ax.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy(), extent=extent)
@@ -152,11 +152,12 @@ def draw_masks(record: dict, model: CLMAE, run: Path):
     fig.supxlabel(caption, wrap=True, fontsize=10)
     fig.savefig(run / "masks.png")
 
+    n = min(n, 5)  # all six would be a file of more than 400 kB
     fig = Figure(figsize=(1.1 * max(4, n), 2.5))
     rows = fig.subplots(2, n, squeeze=False, gridspec_kw=place | {"bottom": 0.01, "top": 0.89})
     for axes, chances in zip(rows, ([None] * n, masks[0][-1]), strict=True):
         drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
-    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=70):
+    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=80):
         for words, colour, chances in masks:
             fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
             for picture, chance in zip(drawn, chances, strict=False):
