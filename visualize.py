@@ -38,7 +38,8 @@ PANELS = {
 }
 UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}  # in curves.png; any other key has a panel
 COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png, whose legend leaves out:
-UNTOLD = "seed out resume device overwrite compile graph data_dir evaluate_every knn_every evaluate finetune benchmark".split()
+UNTOLD = "seed out resume device overwrite compile graph data_dir evaluate_every".split()
+UNTOLD += "knn_every evaluate finetune benchmark".split()  # of older runs
 LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random masks, which have none of them
 
 
