@@ -703,6 +703,7 @@ def test_class_folders_with_and_without_a_held_out_part(tmp_path):
         for file in save_images(place, 10):
             Image.eval(Image.open(file), lambda value, i=i: value // 8 + 20 * i).save(file)  # no image is there twice
     (tmp_path / "Training" / "dog" / "boxes.txt").write_text("0 0 1 1")
+    save_images(tmp_path / "Training" / "__MACOSX", 3)
     data = train.load_data(arguments("--data", tmp_path))
     assert data.classes == ["cat", "dog"] and len(data.images) == len(data.val_images) == 20
     assert data.labels.bincount().tolist() == data.val_labels.bincount().tolist() == [10, 10]
@@ -1075,7 +1076,7 @@ def test_compile_is_honoured_and_its_failure_told(run, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(torch, "compile", lambda f: no_compiler)
     error = run_fails(capsys, *options("--compile", "--out", tmp_path / "other"))
-    assert "--compile failed: leave it out, or install a C++ compiler" in error and len(error) < 250
+    assert "--compile failed: say --no-compile, or install a C++ compiler" in error and len(error) < 250
 
 
 @needs_cuda
@@ -1400,7 +1401,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
         (["--lr", "inf"], "inf is not between 0 and inf"),
         (["--lr", "-0.001"], "--lr -0.001 is not between 0 and inf"),
         (["--min-crop", 3], "--min-crop 3.0 is not between 0.01 and 1"),
-        (["--images", 0], "--images 0 is not between 1 and inf"),
+        (["--images", 0], "--images 0 is not between 2 and inf"),
         (["--evaluate-every", 0], "--evaluate-every 0 is not"),
         (["--holdout", -1], "--holdout -1 is not"),
         (["--kappa", 0], "--kappa 0.0 is not"),
@@ -1435,7 +1436,7 @@ def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
         "high/birds/train/cat": 3, "high/birds/val/cat": 3, "flat/birds/train": 3, "flat/birds/val": 3,
         "nas/cat": 12, "nas/cat/@eaDir": 12, "nas/dog": 12, "loop/cat": 12, "loop/dog": 12,
         "tiny/train/n01/images": 3, "tiny/train/n02/images": 3, "tiny/val/images": 3, "twice/train/a": 3,
-        "deep/a": 3, "deep/b/more/still": 3, "same/a": 3,
+        "deep/a": 3, "deep/b/more/still": 3, "same/a": 3, "files/train/a": 3, "files/val": 0,
     }  # fmt: skip
     for folder, n in trees.items():
         save_images(tmp_path / folder, n)
@@ -1448,6 +1449,9 @@ def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x24ftypheic")
     (tmp_path / "loop" / "dog" / "up").symlink_to(tmp_path / "loop", target_is_directory=True)
     (tmp_path / "twice" / "val").symlink_to(tmp_path / "twice" / "train", target_is_directory=True)
+    (tmp_path / "files" / "val" / "a").mkdir()
+    for file in (tmp_path / "files" / "train" / "a").iterdir():
+        (tmp_path / "files" / "val" / "a" / file.name).symlink_to(file)
     (tmp_path / "same" / "b").symlink_to(tmp_path / "same" / "a", target_is_directory=True)
     for folder, message in {
         "empty": "no images in empty",
@@ -1460,13 +1464,14 @@ def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
         "split": "have different classes, such as cat, dog; --data split/train reads",
         "lonely": "val has no train/ beside it",
         "vehicles": "has train/ without val/ or test/",
-        "locked": "locked/dog is no class: its images lie in it or in one folder below, and once; here in none",
+        "locked": "locked/dog is no class: its images lie in it or in one folder below; here in none",
         "high": "high/birds is no class",
         "flat": "here in flat/birds/train, flat/birds/val",
         "nas": "here in nas/cat, nas/cat/@eaDir",
         "loop": "loop/dog is no class",
-        "twice": "twice/val/a is no class",
-        "same": "same/b is no class",
+        "twice": "a link in twice/val/a leads to a picture that is there already",
+        "same": "a link in same/b leads to a picture",
+        "files": "a link in files/val/a leads to a picture",
         "deep": "here in deep/b/more",
         "tiny": "--data tiny/train reads the first alone",
     }.items():
@@ -1516,7 +1521,7 @@ def test_a_run_goes_on_only_with_the_images_that_it_began_with(run, tmp_path, ca
     train.main(options("--data", photos, "--out", out, "--images", 100, "--holdout", 20, "--epochs", 1))
     again = ("--resume", out, "--epochs", 2)
     files[7].rename(photos / "z.png")  # the order is another: some that were trained on would be held out
-    assert f"{photos} has changed: these are not the images that {out} began with" in run_fails(capsys, *again)
+    assert f"{photos} has changed: put back the images that {out} began with" in run_fails(capsys, *again)
     (photos / "z.png").rename(files[7])
     moved = photos.rename(tmp_path / "moved")
     levels = train.read_images

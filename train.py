@@ -252,9 +252,10 @@ def open_data(name: str, root: str) -> list[tuple]:
 def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """Files with labels, and names of the classes, of a folder of pictures, flat or a sub-folder per class.
 
-    A class has its pictures in one place that was not seen: not thumbnails beside originals, nor parts, nor a link.
+    A class has its pictures in one place, each once: not thumbnails beside originals, nor parts, nor links to the same.
     """
     classes = sorted(name[:-1] for name in glob("*/", root_dir=path))  # glob does not see what is hidden
+    classes = [name for name in classes if name not in ("@eaDir", "__MACOSX")]  # nor is this anybody's class
     flat = pictures(path)
     if flat and classes:
         raise ValueError(f"{path} has {len(flat)} images beside folders ({', '.join(classes)[:99]})")
@@ -263,13 +264,18 @@ def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[
 
     samples = []
     for label, folder in enumerate([os.path.join(path, name) for name in classes] or [path]):
+        os.listdir(folder)  # glob would take one that may not be read for empty
         deep = pictures(folder, "*/*/*")
         files = pictures(folder) + pictures(folder, "*/*") + deep
         places = sorted({os.path.dirname(file) for file in files})
-        real = {os.path.realpath(place) for place in places}
-        if deep or len(places) != 1 or seen & real:
-            why = f"its images lie in it or in one folder below, and once; here in {', '.join(places) or 'none'}"
+        if deep or len(places) != 1:
+            why = f"its images lie in it or in one folder below; here in {', '.join(places)[:99] or 'none'}"
             raise ValueError(f"{folder} is no class: {why}; --data takes the folder of classes, or of train/ and val/")
+        real = {os.path.realpath(file) for file in files}
+        if len(real) < len(files) or seen & real:
+            raise ValueError(
+                f"a link in {folder} leads to a picture that is there already: it could be held out and trained on"
+            )
         seen |= real
         samples += [(file, label) for file in files]
     return samples, classes
@@ -618,17 +624,19 @@ def check_data(args: argparse.Namespace, data: Data, record: dict):
         saved, now = record["means"], image_means(data)
     alike = saved.shape == now.shape and (saved - now).abs().max() < 0.5  # levels: processors round differently
     if not alike or record["N"] != len(data.images):
-        raise ValueError(f"{args.data} has changed: these are not the images that {args.out} began with")
+        raise ValueError(
+            f"{args.data} has changed: put back the images that {args.out} began with, or take a new --out"
+        )
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 FINETUNE = {"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, "min_crop": 0.3}  # --finetune's defaults
 RANGES = {  # of options, both ends included
-    **dict.fromkeys(("images", "image_size", "patch_size", "epochs", "batch_size", "evaluate_every"), (1, math.inf)),
+    **dict.fromkeys(("image_size", "patch_size", "epochs", "batch_size", "evaluate_every"), (1, math.inf)),
     **dict.fromkeys(("holdout", "lr", "weight_decay", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("kappa", "tau"), (1e-6, math.inf)),
     **dict.fromkeys(("lambda_start", "lambda_end"), (-1, 1)),
-    **{"mask_ratio": (0, 1), "min_crop": (0.01, 1), "seed": (0, 2**63 - 1)},
+    **{"images": (2, math.inf), "mask_ratio": (0, 1), "min_crop": (0.01, 1), "seed": (0, 2**63 - 1)},
 }
 
 
@@ -790,7 +798,7 @@ def main(argv: list[str] | None = None):
             if calls & {"load_data", "measure"}:
                 text = "out of memory: fewer --images or a smaller --image-size need less"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            text = f"--compile failed: leave it out, or install a C++ compiler ({text[:99]})"
+            text = f"--compile failed: say --no-compile, or install a C++ compiler ({text[:99]})"
         else:
             raise
         print(f"error: {text}", file=sys.stderr)
