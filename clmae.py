@@ -268,7 +268,7 @@ def gumbel_top_k(
     ids = ids[:, :k]
     hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
 
-    # theta is two tokens' y, averaged. Detached: else those two would get the negated gradients of all.
+    # theta is two tokens' y, averaged. Detached: else each of these would also get minus half the sum of all gradients.
     theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
     return ids, hard, soft
