@@ -18,7 +18,7 @@ from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clmae import CLMAE, Output, gumbel_noise, load, patchify, unpatchify
+from clmae import CLMAE, Output, gumbel_noise, load, unpatchify
 
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe, Ito: colour-blind safe
 STYLE = {"axes.prop_cycle": matplotlib.cycler(color=CYCLE), "savefig.dpi": 110, "font.size": 9}
@@ -38,8 +38,7 @@ PANELS = {
 }
 UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}  # in curves.png; any other key has a panel
 COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png, whose legend leaves out:
-UNTOLD = "seed out resume device overwrite compile graph data_dir evaluate_every".split()
-UNTOLD += "knn_every evaluate finetune benchmark".split()  # of older runs
+UNTOLD = "seed out resume device overwrite compile graph data_dir evaluate_every knn_every evaluate finetune benchmark"
 LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random masks, which have none of them
 
 
@@ -59,17 +58,16 @@ def show_values(ax: matplotlib.axes.Axes, title: str, values: Tensor, colours: s
     ax.set(title=title, xticks=[], yticks=[], facecolor="0.85")
     width = 2 * values.square().nanmean().sqrt().nan_to_num().clamp_min(1e-9).item()
     ax.imshow(values.clamp(-width, width).numpy(), cmap=colours, vmin=-1.4 * width, vmax=1.4 * width)  # pale
-    values = values.round(decimals=1) + 0  # which turns -0 into 0
-    for row, column in (values.isfinite() & (max(values.shape) <= 8)).nonzero().tolist():
-        ax.text(column, row, f"{values[row, column]:.1f}", fontsize=7, ha="center", va="center", in_layout=False)
+    for i, j in (values.isfinite() & (max(values.shape) <= 8)).nonzero().tolist():
+        figure = f"{values[i, j]:.1f}".replace("-0.0", "0.0")
+        ax.text(j, i, figure, fontsize=7, ha="center", va="center", in_layout=False)
 
 
 def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, Tensor]:
     """What the MAE saw of raw images (N, 3, H, W), grey where masked, and what it made of them."""
-    c, mask = model.config, output.mask.detach()[..., None]  # (N, L, 1)
+    mask = unpatchify(output.mask[..., None].expand_as(output.pred), model.config.patch_size, model.config.grid)
     pred = model.reconstruct(output.pred.detach(), model.standardise(raw)) * model.std + model.mean  # (N, 3, H, W)
-    shown, pred = patchify(raw.float(), c.patch_size), patchify(pred, c.patch_size)  # (N, L, p*p*3)
-    return tuple(unpatchify(shown * (1 - mask) + x * mask, c.patch_size, c.grid) for x in (160, pred))
+    return raw * (1 - mask) + 160 * mask, raw * (1 - mask) + pred * mask
 
 
 def draw_step(record: dict, model: CLMAE, file: Path):
@@ -79,9 +77,8 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     outputs = [model(images, lam, torch.Generator().manual_seed(0)) for lam in (1.0, -1.0, 0.0)]
     partner = outputs[0]
     s = partner.scores.detach()  # (1, L)
-    a = model.masker(model.encoder.embed(images)).detach().float()  # (1, L)
-    if a.shape != s.shape:  # a masker of one's own
-        a = torch.full_like(s, torch.nan)
+    learned = partner.scores.requires_grad  # not so with masks of one's own
+    a = model.masker(model.encoder.embed(images)).detach() if learned else torch.full_like(s, torch.nan)  # (1, L)
     y = s + gumbel_noise(s, torch.Generator().manual_seed(0))
     y = y - y.topk(model.config.visible + 1).values[:, -2:].mean()  # less theta, midway between visible and masked
     loss = partner.patch_loss.detach().masked_fill(partner.mask == 0, torch.nan)
@@ -105,7 +102,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     titles = "+1: partner", "$-$1: adversary", "0: s = 0, other\npatches, no push"
     for ax, title, output in zip(pushed.subplot_mosaic("AB;C.").values(), titles, outputs, strict=True):
         push = torch.full_like(s, torch.nan)
-        if output.scores.requires_grad:  # not so with masks of one's own
+        if output.scores.requires_grad:
             (gradient,) = torch.autograd.grad(output.loss, output.scores, allow_unused=True, materialize_grads=True)
             push = (-1000 * gradient).masked_fill((output.mask == 0) | (output.scores == 0), torch.nan)
         show_values(ax, f"$\\lambda$ = {title}", push.reshape(grid))
@@ -114,41 +111,37 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     fig.savefig(file, dpi=130)
 
 
-def masks_by_epoch(record: dict, model: CLMAE, most: int = 40):
-    """Of at most `most` epochs: what to say of the masks, in which colour, and their chances (8, h, w)."""
+def draw_masks(record: dict, model: CLMAE, run: Path):
+    """masks.png: the first held-out images down, at most 9 epochs across; masks.gif: at most 40, two a second."""
+    masks = []  # of each epoch: words, their colour, the chances (8, h, w) of being masked
     log = record["log"]
-    for epoch in torch.linspace(0, len(log) - 1, min(most, len(log))).round().int().tolist():
+    for epoch in torch.linspace(0, len(log) - 1, min(40, len(log))).round().int().tolist():
         lam = log[epoch]["lambda"]
-        role = "partner" if lam > 0.1 else "adversary" if lam < -0.1 else "neutral"
-        if epoch == 0:
-            role = "untrained"
+        role = "untrained"
+        if epoch > 0:
+            role = ("neutral", "partner", "adversary")[(lam > 0.1) - (lam < -0.1)]
         words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
         if "objects" in log[epoch] and role != "neutral":  # which has no masks to speak of
             words.append(f"objects {log[epoch]['objects']:.2f}")
-        probability = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
-        yield words, COLOURS[role], probability
+        chances = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
+        masks.append((words, COLOURS[role], chances))
 
-
-def draw_masks(record: dict, model: CLMAE, run: Path):
-    """masks.png: the first held-out images down, at most 9 epochs across; masks.gif: all epochs, two a second."""
-    masks = list(masks_by_epoch(record, model))
+    columns = [masks[i] for i in torch.linspace(0, len(masks) - 1, min(9, len(masks))).round().int().tolist()]
     images, ratio = record["images"][:6], 1 - model.config.visible / model.config.patches
     n = len(images)
-    columns = [masks[i] for i in torch.linspace(0, len(masks) - 1, min(9, len(masks))).round().int().tolist()]
-    tall = 1.1 * n + 2.1  # inches, 2.1 of them for words
-    place = {"left": 0.01, "right": 0.99, "wspace": 0.08, "hspace": 0.08, "bottom": 1.25 / tall, "top": 1 - 0.85 / tall}
+    tall = 1.1 * n + 1.9  # inches, 1.9 of them for words
+    place = {"left": 0.01, "right": 0.99, "wspace": 0.08, "hspace": 0.08, "bottom": 1.05 / tall, "top": 1 - 0.85 / tall}
     fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), tall))
     axes = fig.subplots(n, 1 + len(columns), squeeze=False, gridspec_kw=place)
     for column, (words, colour, chances) in zip(axes.T, [([], "black", [None] * n), *columns], strict=True):
         column[0].set_title("\n".join(words), color=colour)
         for ax, image, chance in zip(column, images, chances, strict=False):
             drawn = show(ax, image, chance, ratio)
-    label = f"probability of being masked (blue: less than by a random mask, {ratio:.2f}; red: more)"
-    fig.colorbar(drawn, cax=fig.add_axes((0.03, 1 / tall, 0.94, 0.15 / tall)), orientation="horizontal", label=label)
-    caption = f"Rows: the first {n} held-out images, not selected."
-    if "objects" in record["log"][-1]:
-        caption += " objects (mean of up to 500 images): 0.5 chance; above, masks hide the shapes; below, show them."
-    fig.supxlabel(caption, wrap=True, fontsize=10)
+    caption = f"probability of being masked (white: random masks)\nRows: the first {n} held-out images, not selected."
+    if "objects" in log[-1]:
+        caption += "\nobjects, of up to 500 images: 0.5 chance; above, masks hide the shapes; below, show them."
+    bar = fig.add_axes((0.03, 0.82 / tall, 0.94, 0.15 / tall))
+    fig.colorbar(drawn, cax=bar, orientation="horizontal", label=caption)
     fig.savefig(run / "masks.png")
 
     n = min(n, 5)  # all six would be a file of more than 400 kB
@@ -156,7 +149,8 @@ def draw_masks(record: dict, model: CLMAE, run: Path):
     rows = fig.subplots(2, n, squeeze=False, gridspec_kw=place | {"bottom": 0.01, "top": 0.89})
     for axes, chances in zip(rows, ([None] * n, masks[0][-1]), strict=True):
         drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
-    with (gif := PillowWriter(fps=2)).saving(fig, run / "masks.gif", dpi=80):
+    gif = PillowWriter(fps=2)
+    with gif.saving(fig, run / "masks.gif", dpi=80):
         for words, colour, chances in masks:
             fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
             for picture, chance in zip(drawn, chances, strict=False):
@@ -205,15 +199,8 @@ def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
         if len(curves) > 1 and not one_legend:
             ax.legend()
     if one_legend:
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left")
     fig.savefig(file)
-
-
-def draw_curves(record: dict, file: Path):
-    """curves.png: the log, a panel for each title of PANELS that it has something of, and for any other key."""
-    keys = dict.fromkeys([*PANELS, *itertools.chain(*record["log"])])
-    lines = [(*PANELS.get(key, (key, "", "C0o-")), key, [record["log"]]) for key in keys if key not in UNSHOWN]
-    draw_panels(lines, file)
 
 
 @matplotlib.rc_context(STYLE)  # around drawing and saving: some settings are read late
@@ -221,21 +208,24 @@ def draw(run: str | Path):
     """Draw all figures of a run folder."""
     model, record = load(run)
     run = record["run"]
+    (run / "step.png").unlink(missing_ok=True)  # of another run, if this one has no masker
     if model.masker is not None:
         draw_step(record, model, run / "step.png")
     draw_masks(record, model, run)
     draw_reconstructions(record, model, run / "reconstructions.png")
-    draw_curves(record, run / "curves.png")
+    keys = dict.fromkeys([*PANELS, *itertools.chain(*record["log"])])
+    lines = [(*PANELS.get(key, (key, "", "C0o-")), key, [record["log"]]) for key in keys if key not in UNSHOWN]
+    draw_panels(lines, run / "curves.png")
     print(f"figures in {run}")
 
 
 @matplotlib.rc_context(STYLE)
-def compare(runs: list[str]):
+def compare(*runs: str | Path):
     """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: the mean and range."""
     arms = {}  # by folder without the seed's number, and options: logs
     records = [load(run)[1] for run in runs]
     for record in records:
-        untold = UNTOLD + LEARNED * (record["options"].get("masking") == "random")
+        untold = UNTOLD.split() + LEARNED * (record["options"].get("masking") == "random")
         told = (f"{name} {value}".removesuffix(".0") for name, value in record["options"].items() if name not in untold)
         arms.setdefault((re.sub(r"-\d+$", "", str(record["run"].resolve())), *told), []).append(record["log"])
 
@@ -269,8 +259,9 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by train.py")
     runs = parser.parse_args(argv).runs
+    command = draw if len(runs) == 1 else compare
     try:
-        draw(runs[0]) if len(runs) == 1 else compare(runs)
+        command(*runs)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
