@@ -1176,13 +1176,18 @@ def pictures(ax) -> list[torch.Tensor]:
     return [torch.tensor(image.get_array().astype(float).filled(math.nan)).float() for image in ax.images]
 
 
-def untrained(size: tuple[int, int]) -> tuple[CLMAE, dict]:
+def untrained(size: tuple[int, int], epochs: int = 3) -> tuple[CLMAE, dict]:
     """A model for images of this size and what the pictures need of a run's record."""
     torch.manual_seed(0)
     model, images = CLMAE(small(image_size=size)), torch.randint(256, (8, 3, *size), dtype=torch.uint8)
-    log = [{"epoch": i, "lambda": lam} for i, lam in enumerate((1.0, 0.0, -1.0))]
-    scores = [model.scores(model.standardise(images), entry["lambda"]).detach() for entry in log]
-    return model, {"log": log, "scores": scores, "images": images}
+    log = [{"epoch": i, "lambda": 1 - 2 * i / (epochs - 1)} for i in range(epochs)]
+    log[1]["objects"] = 0.2  # says nothing: lambda = 0
+    return model, {"log": log, "images": images, "scores": [model.scores(images / 255, e["lambda"]) for e in log]}
+
+
+def pixels(mask: torch.Tensor) -> torch.Tensor:
+    """Whether each pixel of 32 x 32 is in a masked patch of 4 x 4: masks (B, L) to (B, 1, 32, 32)."""
+    return F.interpolate(mask.reshape(-1, 1, 8, 8), scale_factor=4) == 1
 
 
 def is_warm(image, value: float) -> bool:
@@ -1201,11 +1206,11 @@ def test_masks_are_drawn_epoch_by_epoch_each_on_its_image(run, tmp_path, saved, 
         original, *row = png.axes[4 * i : 4 * i + 4]
         assert torch.equal(pictures(original)[0], image.permute(1, 2, 0))
         for epoch, ax in enumerate(row):
-            frame = frames[epoch][2]
-            assert i == 5 or torch.equal(frame[i][0], image.permute(1, 2, 0))  # a gif of five images
-            for background, chance in (pictures(ax), pictures(ax) if i == 5 else frame[5 + i]):
-                assert torch.equal(background, image.mean(0)) and torch.equal(chance, chances[epoch][i])
+            assert torch.equal(pictures(ax)[0], image.mean(0)) and torch.equal(pictures(ax)[1], chances[epoch][i])
             assert {tuple(part.get_extent()) for part in ax.images} == {(0, image.shape[2], image.shape[1], 0)}
+            if i < 5:  # of masks.gif
+                assert torch.equal(frames[epoch][2][i][0], image.permute(1, 2, 0))
+                assert all(map(torch.equal, frames[epoch][2][5 + i], pictures(ax)))
     assert is_warm(ax.images[1], 1.0) and not is_warm(ax.images[1], 0.5)  # red: more often than by a random mask
     roles = {"untrained": "black", ("neutral" if size else "partner"): "#666666" if size else "C0", "adversary": "C1"}
     for entry, role, ax, frame in zip(record["log"], roles, png.axes[1:4], frames, strict=True):
@@ -1213,9 +1218,8 @@ def test_masks_are_drawn_epoch_by_epoch_each_on_its_image(run, tmp_path, saved, 
         words += [] if size else [f"objects {entry['objects']:.2f}"]
         assert ax.get_title() == "\n".join(words) and frame[0] == ", ".join(words)
         assert ax.title.get_color() == frame[1] == roles[role]
-    caption = png.get_supxlabel()
+    caption = png.axes[-1].get_xlabel()
     assert "first 6 held-out images, not selected" in caption and ("0.5 chance" in caption) == (size is None)
-    assert [mask[0][0] for mask in visualize.masks_by_epoch(record, model, 2)] == ["epoch 0", "epoch 2"]
 
 
 def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
@@ -1243,10 +1247,10 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
         assert written == pytest.approx(rounded, abs=0.051)
     assert is_warm(cost.images[0], 1) and not is_warm(pushes[0].images[0], 1)  # orange: above the mean; blue: up
     assert torch.equal(pictures(image)[0], raw[0].permute(1, 2, 0))
-    for ax, is_grey in ((seen, True), (filled, False)):
-        patches = patchify(pictures(ax)[0].permute(2, 0, 1)[None], 4)[0]
-        torch.testing.assert_close(patches[visible], patchify(raw.float(), 4)[0][visible], atol=1, rtol=0)
-        assert (patches[~visible] == 160).all() == is_grey
+    masked = pixels(out.mask)[0, 0, :, :, None]
+    assert torch.equal(pictures(seen)[0], torch.where(masked, 160.0, pictures(image)[0]))
+    assert torch.equal(pictures(filled)[0] * ~masked, pictures(image)[0] * ~masked)
+    assert (pictures(filled)[0] - pictures(image)[0]).abs().mean() > 2
     words = ["image", "a: the", "s = ", "y $-$", "visible: y > ", "pred, ", "patch_loss", "cost: patch_loss $-$ mean"]
     words += ["$\\lambda$ = +1: partner", "$\\lambda$ = $-$1: adversary", "$\\lambda$ = 0: s = 0"]
     assert all(ax.get_title().startswith(word) for ax, word in zip(figure.axes, words, strict=True))
@@ -1256,26 +1260,16 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     assert "cost > 0 (orange)\ns moves at +1 up (blue)" in pushed.texts[-1].get_text()
 
 
-@pytest.mark.parametrize("changed", ["score_tokens", "masker"])
-def test_masks_of_ones_own_are_drawn_without_a_push(tmp_path, saved, changed):
+@pytest.mark.parametrize("part", [CLMAE, clmae.Masker])
+def test_masks_of_ones_own_are_drawn_without_a_push(part, tmp_path, saved, monkeypatch):
     model, record = untrained((8, 24))
-    own = torch.linspace(-1, 0, 12)[None]
-    model.masker = torch.nn.Identity()
-    setattr(*((model.masker, "forward") if changed == "masker" else (model, changed)), lambda x, lam=0: own)
+    name = {CLMAE: "score_tokens", clmae.Masker: "forward"}[part]
+    monkeypatch.setattr(part, name, lambda self, x, lam=0.5: 2 * abs(lam) * torch.linspace(-1, 0, 12)[None])
     visualize.draw_step(record, model, tmp_path / "step.png")
-    _, _, s, *_, plus, minus, zero = saved[0][0].axes
+    _, a, s, *_, plus, minus, zero = saved[0][0].axes
     assert pictures(s)[0].shape == (2, 6) and (pictures(s)[0].flatten().diff() >= 0).all()  # not transposed
-    assert s.texts[0].get_text() in ("-1.0", "-2.0")
-    assert all(picture.isnan().all() for ax in (plus, minus, zero) for picture in pictures(ax))
-
-
-def test_no_image_makes_a_huge_figure(tmp_path, saved):
-    model, record = untrained((1024, 8))
-    visualize.draw_step(record, model, tmp_path / "step.png")
-    visualize.draw_masks(record, model, tmp_path)
-    visualize.draw_reconstructions(record, model, tmp_path / "r.png")
-    assert len(saved[0]) == 6  # with the frames of masks.gif
-    assert max(max(figure.get_size_inches()) for figure in saved[0]) < 15
+    assert s.texts[0].get_text() == "-2.0" and s.texts[11].get_text() == "0.0"
+    assert all(picture.isnan().all() for ax in (a, plus, minus, zero) for picture in pictures(ax))
 
 
 def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_path, saved):
@@ -1285,21 +1279,18 @@ def test_reconstructions_show_what_is_visible_and_fill_what_is_masked(run, tmp_p
     axes, raw = saved[0][0].axes, record["images"][:4]
     assert axes[1].get_title() == "random mask" and axes[3].get_title() == "learned mask,\n$\\lambda$ = -0.50"
     assert "real mean and contrast" in saved[0][0].get_supxlabel()
-    masks = [model(model.standardise(raw), lam, generator()).mask for lam in (0.0, -0.5, -1.0)]
-    assert not torch.equal(masks[1], masks[0]) and not torch.equal(masks[1], masks[2])
-    shown = [patchify(pictures(ax)[0].permute(2, 0, 1)[None], 4)[0] for ax in axes]
-    for i, image in enumerate(raw):
-        original, *pairs = shown[5 * i : 5 * i + 5]
-        assert torch.equal(original, patchify(image[None].float(), 4)[0])
-        for mask, seen, filled in ((masks[0], pairs[0], pairs[1]), (masks[1], pairs[2], pairs[3])):
-            assert (filled - original).mean().abs() < 20  # of the same brightness
-            visible = (seen == original).all(1)
-            assert torch.equal(visible, mask[i] == 0) and (seen[~visible] == 160).all()
-            torch.testing.assert_close(filled[visible], original[visible], atol=1, rtol=0)
-            assert (filled[~visible] - original[~visible]).abs().mean() > 3
+    drawn = torch.stack([pictures(ax)[0].permute(2, 0, 1) for ax in axes]).unflatten(0, (4, 5)).transpose(0, 1)
+    assert torch.equal(drawn[0], raw.float())
+    for lam, seen, filled in ((0.0, *drawn[1:3]), (-0.5, *drawn[3:])):
+        masked = pixels(model(model.standardise(raw), lam, generator()).mask)
+        away = (filled - raw).flatten(1)
+        assert torch.equal(seen, raw * ~masked + 160 * masked) and torch.equal(filled * ~masked, raw * ~masked)
+        assert (
+            away.mean(1).abs().max() < 20 and away.abs().mean(1).min() > 2
+        )  # of the same brightness, yet not the same
 
 
-def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved):
+def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved, monkeypatch):
     names = {"lambda": "lambda", "hardness": "learned / random masks", "loss": "loss training"}
     names |= {"loss_random": "loss held out", "loss_trivial": "loss predicting the patch mean", "knn": "kNN features"}
     names |= {"knn_pixels": "kNN raw pixels", "linear_probe": "linear probe", "objects": "objects learned masks"}
@@ -1308,11 +1299,16 @@ def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved):
     for i, key in enumerate(names):
         for entry in log[:1] if key in ("loss_trivial", "knn_pixels", "objects_contrast") else log:
             entry[key] = 1 + i / 10 + entry["epoch"] / 100
+    model, record = CLMAE(small(kappa=0)), {"log": log, "run": tmp_path}  # without a masker
     log[0]["loss_random"] = 9.0  # untrained: far above the others
-    visualize.draw_curves({"log": log}, tmp_path / "c.png")
+    (tmp_path / "step.png").touch()
+    monkeypatch.setattr(visualize, "load", lambda run: (model, record))
+    for name in ("draw_masks", "draw_reconstructions"):
+        monkeypatch.setattr(visualize, name, lambda *args: None)
+    visualize.draw(tmp_path)
+    assert not (tmp_path / "step.png").exists()  # of another run
     drawn = {}  # by key
     for ax in saved[0][0].axes:
-        assert ax.get_ylim()[1] < 3
         for line in ax.lines:
             said = f"{ax.get_title()} {line.get_label()}"
             (key,) = (key for key, words in names.items() if all(word in said for word in words.split(" ")))
@@ -1332,7 +1328,12 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved):
         (tmp_path / name).mkdir()
         torch.save(record, tmp_path / name / "checkpoint.pt")
     a0, a1, b, c, d = (str(tmp_path / name) for name in logs)
-    visualize.main([a0, a1, b, c])
+    seeds, *others = "random, 2 seeds: mean and range", "curriculum, lambda_end -1", "curriculum, lambda_end 0"
+    cases = [([a0, f"{a1}/checkpoint.pt", b, c], [seeds, *others]), ([b, a0], ["curriculum", "random"])]
+    cases += [([b, c], ["lambda_end -1", "lambda_end 0"]), ([c, d], ["c", "d"])]
+    for runs, told in cases:
+        visualize.main(runs)
+        assert [text.get_text() for text in saved[0][-1].legends[0].get_texts()] == told
     hardness, probe = saved[0][0].axes
     assert hardness.get_title().startswith("hardness") and probe.get_title().startswith("linear probe")
     for ax, times in ((hardness, 1), (probe, 2)):
@@ -1343,31 +1344,35 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved):
         assert [line.get_ydata()[0] for line in ax.lines[1:]] == [times, times / 2]
         colours = [visualize.matplotlib.colors.to_hex(line.get_color()).upper() for line in ax.lines]
         assert colours == ["#0072B2", "#D55E00", "#009E73"]  # random, curriculum, another
-    for runs, told in {
-        (a0, a1, b, c): ["random, 2 seeds: mean and range", "curriculum, lambda_end -1", "curriculum, lambda_end 0"],
-        (b, a0): ["curriculum", "random"],
-        (b, c): ["lambda_end -1", "lambda_end 0"],
-        (c, d): ["c", "d"],
-    }.items():
-        visualize.main([*runs])
-        assert [text.get_text() for text in saved[0][-1].legends[0].get_texts()] == told
 
 
 def test_drawing_works_anywhere_and_changes_no_setting(run, tmp_path, saved, capsys, monkeypatch):
-    settings = dict(visualize.matplotlib.rcParams)
+    settings = visualize.matplotlib.rcParams.copy()
     shutil.copytree(run, tmp_path / "ünïcode")
     notebook = type("Notebook", (), {"write": lambda self, text: None})()
     for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), None, notebook):  # a poor terminal, a closed one
         monkeypatch.setattr(sys, "stdout", stream)
         visualize.main([str(tmp_path / "ünïcode")] * (1 if stream is notebook else 2))
-    assert {figure.told_dpi for figure in saved[0]} == {110} and not hasattr(visualize, "plt")
-    assert dict(visualize.matplotlib.rcParams) == settings
-    for words, error in ((["nowhere"], "error: nowhere is no run"), ([], "usage: ")):
+        assert sys.stdout is not None
+    assert {figure.told_dpi for figure in saved[0]} == {110} and visualize.matplotlib.rcParams.copy() == settings
+    assert not re.search(r"pyplot|\.use\(|rcParams", Path(visualize.__file__).read_text(encoding="utf-8"))
+    for words, error in ((["no", "run"], "error: no is no run"), ([], "usage: ")):
         with pytest.raises(SystemExit) as stop:
             visualize.main(words)
         assert stop.value.code == 2 and capsys.readouterr().err.startswith(error)
     for name in ("step.png", "masks.png", "masks.gif", "reconstructions.png", "curves.png"):
         assert (run / name).stat().st_size > 3_000
+
+
+def test_of_a_long_run_and_of_a_long_image_the_pictures_stay_small(tmp_path, saved):
+    model, record = untrained((8, 24), epochs=50)
+    visualize.draw_masks(record, model, tmp_path)
+    assert len(saved[1]) == 40 and [ax.get_title()[:8] for ax in saved[0][0].axes[1:10:8]] == ["epoch 0\n", "epoch 49"]
+    model, record = untrained((1024, 8))
+    visualize.draw_step(record, model, tmp_path / "step.png")
+    visualize.draw_masks(record, model, tmp_path)
+    visualize.draw_reconstructions(record, model, tmp_path / "r.png")
+    assert len(saved[0]) == 41 + 6 and max(max(figure.get_size_inches()) for figure in saved[0]) < 15
 
 
 # ----------------------------------------------------------------------------------------------------------------------
