@@ -527,13 +527,11 @@ def test_the_figures_are_of_held_out_images_under_the_same_noise(model):
 # Data
 
 
-def save_images(
-    folder: Path, n: int, mode: str = "RGB", size: tuple[int, int] = (16, 16), first: int = 0
-) -> list[Path]:
+def save_images(folder: Path, n: int, mode: str = "RGB", size: tuple[int, int] = (16, 16)) -> list[Path]:
     """n images of random blocks as PNG (or JPEG for CMYK) files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for i in range(first, first + n):
+    for i in range(n):
         pixels = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8, generator=generator(i))
         image = torchvision.transforms.functional.to_pil_image(pixels).resize(size).convert(mode)
         files.append(folder / f"{mode}-{size[0]}x{size[1]}-{i}.{'jpg' if mode == 'CMYK' else 'png'}")
@@ -656,7 +654,7 @@ TEXT = b"\x00\x01\x03\x00\x01\x00\x00\x00\x07\x00\x00\x00\x01\x01\x02\x00\xff\xf
     ("marker", "content", "turned"),
     [
         (0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0\x02\0" + TURNED + WRONG + bytes(4), True),
-        (0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0\x03\0" + TEXT[:12] + TEXT[12:] + TURNED + bytes(4), True),
+        (0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0\x03\0" + TEXT + TURNED + bytes(4), True),
         (0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff" + TURNED, True),  # says that 65,535 entries follow
         (0xE1, b"Exif\0\0garbage", False),
         (0xE1, b"Exif\0\0", False),
@@ -884,7 +882,7 @@ def test_a_run_leaves_a_log_a_checkpoint_and_pictures(run):
     assert checkpoint["images"].shape == (8, 3, 32, 32)
     for name in ("masks.png", "masks.gif", "reconstructions.png", "curves.png", "step.png"):
         with Image.open(run / name) as picture:
-            assert min(picture.size) >= 170
+            assert min(picture.size) >= 200
             if name == "masks.gif":
                 assert picture.n_frames == 3
             grey = torchvision.transforms.functional.pil_to_tensor(picture.convert("L")).float()
@@ -952,7 +950,7 @@ def test_the_masks_find_the_objects(tmp_path, monkeypatch, no_figures):
     train.main(options("--out", tmp_path, *words))
     log = weights(tmp_path)["log"]
     assert min(entry["objects"] for entry in log) < 0.3 and log[-1]["objects"] > 0.8  # the partner shows them first
-    assert min(entry["hardness"] for entry in log[:6]) < 0.98 and max(entry["hardness"] for entry in log[7:]) > 1.01
+    assert min(entry["hardness"] for entry in log[:6]) < 0.97 and max(entry["hardness"] for entry in log[7:]) > 1.01
     assert abs(log[0]["objects_contrast"] - 0.5) < 0.1
 
 

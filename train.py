@@ -58,6 +58,7 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
     if record is not None:
         log, scores = record["log"], record["scores"]
         restore(args, data, optimizer, record)
+    means = image_means(data)  # once: they stay what they are
     c = model.config
     kinds = f"{len(data.classes)} classes ({', '.join(data.classes[:3])}, ...)"
     if not data.labelled:
@@ -102,7 +103,7 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
         log.append(figures | measured)
         scores.append(now[:8].cpu().clone())  # (8, L); a view would save all 500
         print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
-        save(args, data, model, optimizer, log, scores)
+        save(args, data, means, model, optimizer, log, scores)
     visualize.draw(args.out)
 
 
@@ -282,6 +283,7 @@ def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[
 
 
 def pictures(folder: str, pattern: str = "*") -> list[str]:
+    """The paths of the picture files in a folder, in order."""
     return [os.path.join(folder, n) for n in sorted(glob(pattern, root_dir=folder)) if n.lower().endswith(SUFFIXES)]
 
 
@@ -561,7 +563,7 @@ def finetune(args: argparse.Namespace, model: CLMAE, record: dict):
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------------------------------
-def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.Optimizer, log: list, scores: list):
+def save(args: argparse.Namespace, data: Data, means: Tensor, model: CLMAE, optimizer, log: list, scores: list):
     """Write checkpoint.pt and log.jsonl, so that at every moment a whole file, the old or the new, is there."""
     kind = model.mean.device.type
     rng = {"cpu": torch.get_rng_state()}
@@ -571,7 +573,7 @@ def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.op
         "options": vars(args),  # of the command
         "config": asdict(model.config),
         "N": len(data.images),
-        "means": image_means(data),
+        "means": means,  # of `image_means`
         "epoch": len(log) - 1,
         "log": log,  # figures by epoch
         "scores": scores,  # (8, L) by epoch, of these
