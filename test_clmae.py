@@ -105,10 +105,9 @@ def gradients(model: CLMAE, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """The gradient of a loss with respect to the MAE and to the masker (zeros where there is none)."""
     result = []
     for part in (torch.nn.ModuleList([model.encoder, model.decoder]), model.masker or torch.nn.Linear(1, 1)):
-        grads = torch.autograd.grad(
-            loss, list(part.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        result.append(torch.cat([g.flatten() for g in grads]))
+        weights = list(part.parameters())
+        found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        result.append(torch.cat([g.flatten() for g in found]))
     return tuple(result)
 
 
@@ -136,27 +135,27 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
 
 @pytest.mark.parametrize("lam", [1.0, 0.5, 0.0, -0.5, -1.0])
 def test_each_loss_trains_its_own_part(lam, model, images):
-    """loss = mae_loss + lam masker_loss: the first reaches encoder and decoder alone, the second the masker alone."""
+    """loss = mae_loss + lam masker_loss: the first reaches encoder and decoder alone, the second the masker alone.
+
+    mae_loss is that of a plain MAE under the same mask. -lambda draws the same masks, and turns the masker around.
+    """
     out = model(images, lam, generator())
+    assert not out.mask.requires_grad and torch.equal(out.mask.unique(), torch.tensor([0.0, 1.0]))
+    plain = ((model.predict(images, out.mask) - model.target(images)).square().mean(-1) * out.mask).sum() / 72
+    torch.testing.assert_close(out.mae_loss, plain)
+
+    expected, _ = gradients(model, plain)
     mae, none = gradients(model, out.mae_loss)
     nothing, masker = gradients(model, out.masker_loss)
-    assert not none.any() and not nothing.any() and mae.norm() > 0.1 and (masker.norm() > 1e-3) == (lam != 0)
-    both = gradients(model, out.loss)
-    assert torch.equal(both[0], mae)
-    torch.testing.assert_close(both[1], lam * masker, atol=1e-8, rtol=1e-5)
-    assert not out.mask.requires_grad and torch.equal(out.mask.unique(), torch.tensor([0.0, 1.0]))
-
-
-def test_lambda_turns_the_maskers_gradient_around_and_touches_nothing_else(model, images):
-    """The MAE's loss and gradient are those of a plain MAE under the same mask; -lambda turns the masker's around."""
-    partner, adversary = (model(images, lam, generator()) for lam in (0.7, -0.7))
-    assert torch.equal(partner.mask, adversary.mask) and torch.equal(partner.mae_loss, adversary.mae_loss)
-    pred = model.predict(images, partner.mask)
-    plain = ((pred - model.target(images)).square().mean(-1) * partner.mask).sum() / 72
-    torch.testing.assert_close(partner.mae_loss, plain)
-    (expected, _), (mae, helps), (same, opposes) = (gradients(model, x) for x in (plain, partner.loss, adversary.loss))
+    same, followed = gradients(model, out.loss)
     torch.testing.assert_close(mae, expected, atol=1e-6, rtol=1e-4)
-    assert torch.equal(mae, same) and torch.equal(helps, -opposes) and helps.norm() > 1e-4
+    torch.testing.assert_close(followed, lam * masker, atol=1e-8, rtol=1e-5)
+    assert torch.equal(same, mae) and not none.any() and not nothing.any()
+    assert mae.norm() > 0.1 and (masker.norm() > 1e-3) == (lam != 0)
+
+    opposite = model(images, -lam, generator())
+    mae, opposed = gradients(model, opposite.loss)
+    assert torch.equal(opposite.mask, out.mask) and torch.equal(mae, same) and torch.equal(opposed, -followed)
 
 
 def test_lambda_0_is_plain_mae_bit_for_bit(images):
@@ -511,10 +510,8 @@ def test_the_figures_are_of_held_out_images_under_the_same_noise(model):
     assert torch.equal(z, model.features(model.standardise(data.images)))
     expected = train.evaluate(z, data.labels, z_val, data.val_labels)
     assert {name: figures[name] for name in expected} == expected and expected.keys() == {"knn", "linear_probe"}
-    pixels = train.evaluate(
-        data.images.flatten(1).float(), data.labels, data.val_images.flatten(1).float(), data.val_labels
-    )
-    assert figures["knn_pixels"] == pixels["knn"]
+    flat, flat_val = data.images.flatten(1).float(), data.val_images.flatten(1).float()
+    assert figures["knn_pixels"] == train.evaluate(flat, data.labels, flat_val, data.val_labels)["knn"]
     assert figures["objects_contrast"] == train.objects(-patchify(held_out, 4).std(-1), data.covered, 4)
     trivial = (model.target(model.reconstruct(torch.zeros(40, 16, 48), held_out)) - model.target(held_out)).square()
     assert figures["loss_trivial"] == pytest.approx(trivial.mean().item(), rel=0.05)
@@ -637,13 +634,8 @@ def with_segment(marker: int, content: bytes) -> bytes:
     """A JPEG, blue above red, with a segment of metadata of that kind."""
     file = io.BytesIO()
     half_red(16, 16, (0, 0, 16, 8)).save(file, "JPEG")
-    return (
-        file.getvalue()[:2]
-        + bytes([255, marker])
-        + (len(content) + 2).to_bytes(2, "big")
-        + content
-        + file.getvalue()[2:]
-    )
+    segment = struct.pack(">BBH", 255, marker, len(content) + 2) + content
+    return file.getvalue()[:2] + segment + file.getvalue()[2:]
 
 
 TURNED = b"\x12\x01\x03\x00\x01\x00\x00\x00\x03\x00\x00\x00"  # EXIF: orientation, turned by half a turn
@@ -931,9 +923,8 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
         assert torch.cdist(batch.flatten(1), whole.flatten(1)).min() > 0.1
     train.main(options("--out", tmp_path / "half", "--amp", "--min-crop", 1))
     assert all(step[3] for step in steps[4:]) and len(steps) == 8
-    distance = torch.cdist(
-        torch.cat([s[0] for s in steps[4:]]).flatten(1), torch.cat([whole, whole.flip(3)]).flatten(1)
-    )
+    seen = torch.cat([step[0] for step in steps[4:]])
+    distance = torch.cdist(seen.flatten(1), torch.cat([whole, whole.flip(3)]).flatten(1))
     assert distance.amin(1).max() < 0.1  # --min-crop 1: no crop
     order = (distance.argmin(1) % 64).tolist()
     first, second = order[:64], order[64:]
@@ -1681,9 +1672,8 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch, b
         with monkeypatch.context() as patch:
             if script == "visualize.py":
                 patch.setattr(visualize, "draw", bare)
-            {"train.py": train.main, "visualize.py": visualize.main, "clmae.py": lambda words: clmae.tour()}[script](
-                words
-            )
+            main = {"train.py": train.main, "visualize.py": visualize.main, "clmae.py": lambda words: clmae.tour()}
+            main[script](words)
 
 
 def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
@@ -1740,9 +1730,8 @@ def test_the_readmes_changes_work(words, tmp_path, monkeypatch, bare):
         monkeypatch.setitem(sys.modules, name, changed)
         exec(source, changed.__dict__)
     monkeypatch.setitem(changed.MODELS, "nano", SMALL)
-    monkeypatch.setattr(
-        torchvision.datasets, "FashionMNIST", lambda root, train, download: [(fashion(i), i % 3) for i in range(140)]
-    )
+    part = [(fashion(i), i % 3) for i in range(140)]
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", lambda root, train, download: part)
     data = ("--data", "fashion", "--image-size", 32) if "FashionMNIST" in words else ()
     changed.main(options("--out", tmp_path / "run", *data))
     record = weights(tmp_path / "run")
