@@ -99,7 +99,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
 
     pushed.set_facecolor("0.95")
     pushed.suptitle("push = $-$1000 $\\partial$loss/$\\partial$s: where s moves")
-    titles = "+1: partner", "$-$1: adversary", "0: s = 0, other\npatches, no push"
+    titles = "+1: partner", "$-$1: adversary", "0: s = 0, another\nmask, no push"
     for ax, title, output in zip(pushed.subplot_mosaic("AB;C.").values(), titles, outputs, strict=True):
         push = torch.full_like(s, torch.nan)
         if output.scores.requires_grad:
