@@ -137,7 +137,7 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
 def test_each_loss_trains_its_own_part(lam, model, images):
     """loss = mae_loss + lam masker_loss: the first reaches encoder and decoder alone, the second the masker alone.
 
-    mae_loss is that of a plain MAE under the same mask. -lambda draws the same masks, and turns the masker around.
+    mae_loss is that of a plain MAE under the same mask.
     """
     out = model(images, lam, generator())
     assert not out.mask.requires_grad and torch.equal(out.mask.unique(), torch.tensor([0.0, 1.0]))
@@ -153,10 +153,6 @@ def test_each_loss_trains_its_own_part(lam, model, images):
     assert torch.equal(same, mae) and not none.any() and not nothing.any()
     assert mae.norm() > 0.1 and (masker.norm() > 1e-3) == (lam != 0)
 
-    opposite = model(images, -lam, generator())
-    mae, opposed = gradients(model, opposite.loss)
-    assert torch.equal(opposite.mask, out.mask) and torch.equal(mae, same) and torch.equal(opposed, -followed)
-
 
 def test_lambda_0_is_plain_mae_bit_for_bit(images):
     results = []
@@ -168,8 +164,6 @@ def test_lambda_0_is_plain_mae_bit_for_bit(images):
         results.append((out.mask, out.mae_loss, out.loss, mae))
         assert not masker.any() and not out.scores.any() and torch.equal(out.loss, out.mae_loss)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    torch.manual_seed(0)
-    assert not torch.equal(CLMAE(small())(images, 1.0).mask, results[0][0])
 
 
 def test_the_maskers_gradient_points_the_way_of_the_exact_one():
@@ -289,18 +283,21 @@ def plain_mae(model: CLMAE, image: torch.Tensor, mask: torch.Tensor) -> tuple[to
     weight = s["encoder.patch_embed.proj.weight"].flatten(1)
     x = torch.stack([weight @ t.flatten() + s["encoder.patch_embed.proj.bias"] for t in tiles])
     x = x + s["encoder.pos_embed"][0, 1:]
-    z = torch.cat([s["encoder.cls_token"][0] + s["encoder.pos_embed"][0, :1], x[mask == 0]])[None]
+    seen = x[mask == 0]  # masked pixels go no further
+    z = torch.cat([s["encoder.cls_token"][0] + s["encoder.pos_embed"][0, :1], seen])[None]
     for i in range(c.depth):
         z = plain_block(z, s, f"encoder.blocks.{i}.", c.heads)
     z = F.layer_norm(z, (c.dim,), s["encoder.norm.weight"], s["encoder.norm.bias"], 1e-6)[0]
+
     z = F.linear(z, s["decoder.embed.weight"], s["decoder.embed.bias"])
-    seen = iter(z[1:])
-    y = torch.stack([z[0]] + [s["decoder.mask_token"][0, 0] if m else next(seen) for m in mask.tolist()])
+    features = iter(z[1:])
+    y = torch.stack([z[0]] + [s["decoder.mask_token"][0, 0] if m else next(features) for m in mask.tolist()])
     y = (y + s["decoder.pos_embed"][0])[None]
     for i in range(c.decoder_depth):
         y = plain_block(y, s, f"decoder.blocks.{i}.", c.decoder_heads)
     y = F.layer_norm(y, (c.decoder_dim,), s["decoder.norm.weight"], s["decoder.norm.bias"], 1e-6)[0, 1:]
     pred = F.linear(y, s["decoder.pred.weight"], s["decoder.pred.bias"])
+
     target = torch.stack([t.permute(1, 2, 0).flatten() for t in tiles])
     if c.norm_pix:
         target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
@@ -317,14 +314,6 @@ def test_the_forward_pass_equals_a_plain_mae_written_out(kappa, norm_pix):
     preds, losses = zip(*map(plain_mae, [model] * 3, images, out.mask), strict=True)
     torch.testing.assert_close(out.pred, torch.stack(preds), rtol=1e-4, atol=1e-5)
     assert out.mae_loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-
-
-def test_masked_pixels_never_reach_the_prediction(model, images):
-    mask = model(images, generator=generator()).mask
-    hidden = unpatchify(mask[..., None].expand(-1, -1, 48), 4, (4, 4))
-    changed = images + 100 * hidden
-    torch.testing.assert_close(model.predict(changed, mask), model.predict(images, mask))
-    assert not torch.allclose(model.predict(images + 1 - hidden, mask), model.predict(images, mask))
 
 
 def test_a_mask_of_ones_own(model, images):
@@ -358,15 +347,8 @@ def test_the_whole_model_can_be_of_another_precision(model, images, dtype):
 
 
 def test_encode_can_be_exported_for_any_number_of_images(model, images):
-    class Encode(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            return self.model.encode(images)
-
-    exported = torch.export.export(Encode(), (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
+    model.forward = model.encode
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
     torch.testing.assert_close(exported(images[:3]), model.encode(images[:3]))
 
 
@@ -388,12 +370,10 @@ def test_a_compiled_step_equals_a_plain_one_and_is_not_compiled_again_for_anothe
 # Patches, positions, weights
 
 
-@pytest.mark.parametrize(
-    ("channels", "height", "width", "p"), [(3, 16, 16, 4), (1, 8, 20, 4), (4, 6, 3, 3), (3, 5, 7, 1)]
-)
-def test_unpatchify_undoes_patchify(channels, height, width, p):
-    images = torch.randn(2, channels, height, width)
-    assert torch.equal(unpatchify(patchify(images, p), p, (height // p, width // p)), images)
+@pytest.mark.parametrize(("C", "H", "W", "p"), [(3, 16, 16, 4), (1, 8, 20, 4), (4, 6, 3, 3), (3, 5, 7, 1)])
+def test_unpatchify_undoes_patchify(C, H, W, p):
+    images = torch.randn(2, C, H, W)
+    assert torch.equal(unpatchify(patchify(images, p), p, (H // p, W // p)), images)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
