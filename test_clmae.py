@@ -1366,101 +1366,89 @@ def run_fails(capsys, *words, main=train.main) -> str:
     return error[-1]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--patch-size", 5, "--image-size", 32], "patch_size 5 must divide the image size 32 x 32"),
-        (["--mask-ratio", 0.999], "mask_ratio 0.999 leaves 0 of 64 patches visible"),
-        (["--mask-ratio", 0], "mask_ratio 0.0 leaves 64 of 64"),
-        (["--mask-ratio", 1.5], "--mask-ratio 1.5 is not between 0 and 1"),
-        (["--data", "cifar11"], "cifar11 is neither shapes, cifar10"),
-        (["--batch-size", 65], "--batch-size 65 is more than the 64 training images"),
-        (["--batch-size", 0], "--batch-size 0 is not between 1 and inf"),
-        (["--epochs", 0], "--epochs 0 is not between 1 and inf"),
-        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--lambda-start", 2], "--lambda-start 2.0 is not between -1 and 1"),
-        (["--lr", "nan"], "nan is not between 0 and inf"),
-        (["--lr", "inf"], "inf is not between 0 and inf"),
-        (["--lr", "-0.001"], "--lr -0.001 is not between 0 and inf"),
-        (["--min-crop", 3], "--min-crop 3.0 is not between 0.01 and 1"),
-        (["--images", 0], "--images 0 is not between 2 and inf"),
-        (["--evaluate-every", 0], "--evaluate-every 0 is not"),
-        (["--holdout", -1], "--holdout -1 is not"),
-        (["--kappa", 0], "--kappa 0.0 is not"),
-        (["--weight-decay", -1], "--weight-decay -1.0 is not"),
-        (["--warmup-epochs", -1], "--warmup-epochs -1.0 is not"),
-        (["--seed", -1], "--seed -1 is not"),
-        (["--image-size", "8x8"], "argument --image-size: invalid int value: '8x8'"),
-        (["--model", "huge"], "'huge' (choose from"),
-        (["--device", "tpu"], "error: --device tpu is not there"),
-        (["--images", 10**11], "out of memory: fewer --images or a smaller --image-size"),
-        (["--out", "a\0b"], "null"),
-        (["--resume", "nowhere"], "nowhere is no run"),
-        (["--resume", ""], "is no run"),
-        (["--finetune", "nowhere"], "nowhere is no run"),
-        (["--finetune", ""], "is no run"),
-        (["--graph", "--compile"], "--compile and --graph exclude each other"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-    ],
-)
-def test_wrong_options_are_named(words, message, tmp_path, capsys, monkeypatch):
+WRONG = [  # what is said, with ... for what was typed, and what was typed
+    ("... is not between 0 and 1", "--mask-ratio 1.5"),
+    ("... is not between 0 and inf", "--lr nan, --lr inf, --lr -0.001"),
+    ("... is not between 0 and inf", "--holdout -1, --weight-decay -1.0, --warmup-epochs -1.0"),
+    ("... is not between 1 and inf", "--batch-size 0, --epochs 0, --evaluate-every 0"),
+    ("... is not between 2 and inf", "--images 0"),
+    ("... is not between -1 and 1", "--lambda-start 2.0"),
+    ("... is not between 0.01 and 1", "--min-crop 3.0"),
+    ("... is not between 1e-06 and inf", "--kappa 0.0"),
+    ("... is not between 0 and 9.22337e+18", "--seed -1"),
+    ("patch_size 5 must divide the image size 32 x 32", "--patch-size 5 --image-size 32"),
+    ("mask_ratio 0.999 leaves 0 of 64 patches visible", "--mask-ratio 0.999"),
+    ("mask_ratio 0.0 leaves 64 of 64", "--mask-ratio 0"),
+    ("cifar11 is neither shapes, cifar10", "--data cifar11"),
+    ("... is more than the 64 training images", "--batch-size 65"),
+    ("argument --epochs: invalid int value: 'many'", "--epochs many"),
+    ("argument --image-size: invalid int value: '8x8'", "--image-size 8x8"),
+    ("'huge' (choose from", "--model huge"),
+    ("error: ... is not there", "--device tpu"),
+    ("out of memory: fewer --images or a smaller --image-size", "--images 100000000000"),
+    ("null", "--out a\0b"),
+    ("nowhere is no run", "--resume nowhere, --finetune nowhere"),
+    ("an empty path is no run", "--resume '', --finetune ''"),
+    ("--compile and --graph exclude each other", "--graph --compile"),
+    ("unrecognized arguments: ...", "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("message", "typed"), [(said, one) for said, several in WRONG for one in several.split(", ")])
+def test_wrong_options_are_named(message, typed, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = run_fails(capsys, *options(), *words)
-    assert message in error and len(error) < 250
+    error = run_fails(capsys, *options(), *shlex.split(typed))
+    assert message.replace("...", typed) in error and len(error) < 250
     assert not list(tmp_path.rglob("*"))  # nothing was written
 
 
-def test_wrong_folders_are_named(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("tree", "message"),  # cat=3: three pictures in data/cat; b->a: data/b is a link to a
+    [
+        ("", "no images in data"),
+        (".=5", "5 images"),
+        (".=40 thumbs=3", "40 images beside folders (thumbs)"),
+        ("val/cat=3", "val has no train/ beside it"),
+        ("bus=3 train=3", "has train/ without val/ or test/"),
+        ("train/cat=3 test/dog=3", "have different classes, such as cat, dog; --data data/train reads"),
+        ("train/a/images=3 train/b/images=3 val/images=3", "--data data/train reads the first alone"),
+        ("cat=3 dog=0", "data/dog is no class: its images lie in it or in one folder below; here in none"),
+        ("birds/train/cat=3 birds/val/cat=3", "data/birds is no class"),
+        ("birds/train=3 birds/val=3", "here in data/birds/train, data/birds/val"),
+        ("cat=12 cat/@eaDir=12 dog=12", "here in data/cat, data/cat/@eaDir"),
+        ("a=3 b/more/still=3", "here in data/b/more"),
+        ("cat=12 dog=12 dog/up->..", "data/dog is no class"),
+        ("a=3 b->a", "a link in data/b leads to a picture that is there already"),
+        ("train/a=3 val->train", "a link in data/val/a leads to a picture"),
+        ("train/a=3 val/a=0 val/a/0.png->../../train/a/RGB-16x16-0.png", "a link in data/val/a leads to a picture"),
+    ],
+)
+def test_wrong_folders_are_named(tree, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trees = {
-        "cut": 20, "text": 20, "few": 5, "mixed": 40, "mixed/thumbs": 3, "lonely/val/cat": 3,
-        "split/train/cat": 3, "split/test/dog": 3, "locked/cat": 3, "vehicles/bus": 3, "vehicles/train": 3,
-        "high/birds/train/cat": 3, "high/birds/val/cat": 3, "flat/birds/train": 3, "flat/birds/val": 3,
-        "nas/cat": 12, "nas/cat/@eaDir": 12, "nas/dog": 12, "loop/cat": 12, "loop/dog": 12,
-        "tiny/train/n01/images": 3, "tiny/train/n02/images": 3, "tiny/val/images": 3, "twice/train/a": 3,
-        "deep/a": 3, "deep/b/more/still": 3, "same/a": 3, "files/train/a": 3, "files/val": 0,
-    }  # fmt: skip
-    for folder, n in trees.items():
-        save_images(tmp_path / folder, n)
-    save_images(tmp_path / "thin", 20, size=(3, 9))
-    cut, text = (next((tmp_path / folder).iterdir()) for folder in ("cut", "text"))
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    text.write_text("not an image")
-    for folder in ("empty", "locked/dog", "phone"):  # locked: what a folder that may not be read looks like
-        (tmp_path / folder).mkdir()
-    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x24ftypheic")
-    (tmp_path / "loop" / "dog" / "up").symlink_to(tmp_path / "loop", target_is_directory=True)
-    (tmp_path / "twice" / "val").symlink_to(tmp_path / "twice" / "train", target_is_directory=True)
-    (tmp_path / "files" / "val" / "a").mkdir()
-    for file in (tmp_path / "files" / "train" / "a").iterdir():
-        (tmp_path / "files" / "val" / "a" / file.name).symlink_to(file)
-    (tmp_path / "same" / "b").symlink_to(tmp_path / "same" / "a", target_is_directory=True)
-    for folder, message in {
-        "empty": "no images in empty",
-        "cut": f"cannot read the image {cut.relative_to(tmp_path)}",
-        "text": f"Pillow cannot read {text.relative_to(tmp_path)}: save it as JPEG or PNG",
-        "phone": "Pillow cannot read phone/IMG_1.HEIC: save it as JPEG or PNG",
-        "mixed": "40 images beside folders (thumbs)",
-        "thin": "only 3 pixels wide or high",
-        "few": "5 images",
-        "split": "have different classes, such as cat, dog; --data split/train reads",
-        "lonely": "val has no train/ beside it",
-        "vehicles": "has train/ without val/ or test/",
-        "locked": "locked/dog is no class: its images lie in it or in one folder below; here in none",
-        "high": "high/birds is no class",
-        "flat": "here in flat/birds/train, flat/birds/val",
-        "nas": "here in nas/cat, nas/cat/@eaDir",
-        "loop": "loop/dog is no class",
-        "twice": "a link in twice/val/a leads to a picture that is there already",
-        "same": "a link in same/b leads to a picture",
-        "files": "a link in files/val/a leads to a picture",
-        "deep": "here in deep/b/more",
-        "tiny": "--data tiny/train reads the first alone",
-    }.items():
-        error = run_fails(capsys, "--data", folder, "--batch-size", 2)
-        assert message in error, (folder, error)
-    assert not (tmp_path / "runs").exists()
-    assert train.load_data(arguments("--data", "tiny/train", "--holdout", 1)).classes == ["n01", "n02"]
+    save_images(Path("data"), 0)
+    for place, sign, what in (re.split("(=|->)", item) for item in tree.split()):
+        if sign == "=":
+            save_images(Path("data", place), int(what))
+        else:
+            Path("data", place).symlink_to(what)
+    assert message in run_fails(capsys, "--data", "data", "--batch-size", 2)
+    assert not Path("runs").exists()
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = save_images(Path("photos"), 20)[0].read_bytes()
+    for name, content, message in (
+        ("cut.png", whole[: len(whole) // 2], "cannot read the image photos/cut.png"),
+        ("text.png", b"not an image", "Pillow cannot read photos/text.png: save it as JPEG or PNG"),
+        ("IMG_1.HEIC", b"\0\0\0\x24ftypheic", "Pillow cannot read photos/IMG_1.HEIC: save it as JPEG or PNG"),
+    ):
+        file = Path("photos", name)
+        file.write_bytes(content)
+        assert message in run_fails(capsys, "--data", "photos", "--batch-size", 2)
+        file.unlink()
+    save_images(Path("thin"), 20, size=(3, 9))
+    assert "only 3 pixels wide or high" in run_fails(capsys, "--data", "thin", "--batch-size", 2)
 
 
 def test_the_first_line_names_the_classes(tmp_path, capsys, bare):
