@@ -726,9 +726,9 @@ def test_knn_accuracy_equals_a_loop_over_images():
     bank, bank_labels, query, query_labels = z[:60], labels[:60], z[60:], labels[60:]
     right = 0
     for q, label in zip(query, query_labels, strict=True):
-        cosine = [F.cosine_similarity(q, b, dim=0).item() for b in bank]
+        cosine = F.cosine_similarity(q, bank)
         votes = [0.0, 0.0, 0.0]
-        for i in sorted(range(60), key=lambda i: -cosine[i])[:20]:
+        for i in cosine.argsort(descending=True)[:20]:
             votes[bank_labels[i]] += math.exp(cosine[i] / 0.07)
         right += votes.index(max(votes)) == label
     assert 50 < 100 * right / 30 < 100
@@ -919,25 +919,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     own = ("--masking", masking, "--epochs", 3, "--seed", 4, "--lr", 1e-2, "--batch-size", 16)
     if masking == "graph":
         own = ("--graph", "--device", "cuda", "--epochs", 3)
-    train.main(options(*own, "--out", tmp_path / "whole"))
+    whole, broken = trained(tmp_path / "whole", *own), tmp_path / "broken"
 
     def interrupted(*state, save=train.save):
         save(*state)
-        if weights(tmp_path / "broken")["epoch"] == 1:
+        if weights(broken)["epoch"] == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "save", interrupted)
-        train.main(options(*own, "--out", tmp_path / "broken"))
-    old = weights(tmp_path / "broken")
+        train.main(options(*own, "--out", broken))
+    old = weights(broken)
     del old["options"]["tau"], old["config"]["tau"], old["means"]  # as if saved before these were there
     old["options"]["knn_every"] = 5  # and one that is gone
-    torch.save(old, tmp_path / "broken" / "checkpoint.pt")
+    torch.save(old, broken / "checkpoint.pt")
     capsys.readouterr()
-    train.main(["--resume", str(tmp_path / "broken" / "checkpoint.pt")])
+    train.main(["--resume", str(broken / "checkpoint.pt")])
     if masking != "random":
         assert capsys.readouterr().out.startswith("lambda goes on from +0.33\n")
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+
+    resumed = weights(broken)
     assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
     assert torch.equal(whole["rng"]["cpu"], resumed["rng"]["cpu"])
     differ = {name for name, value in whole["options"].items() if resumed["options"][name] != value}
@@ -945,7 +946,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     for entry in whole["log"] + resumed["log"]:
         entry["images_per_s"] = 0
     assert whole["log"] == resumed["log"]
-    assert (tmp_path / "broken" / "log.jsonl").read_text().count("\n") == 4
+    assert (broken / "log.jsonl").read_text().count("\n") == 4
 
 
 def test_a_run_is_made_longer(run, tmp_path, capsys, bare):
@@ -1313,7 +1314,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
     return error[-1]
 
 
-WRONG = [  # what is said, with ... for what was typed, and what was typed
+WRONG_OPTIONS = [  # what is said, with ... for what was typed, and what was typed
     ("... is not between 0 and 1", "--mask-ratio 1.5"),
     ("... is not between 0 and inf", "--lr nan, --lr inf, --lr -0.001"),
     ("... is not between 0 and inf", "--holdout -1, --weight-decay -1.0, --warmup-epochs -1.0"),
@@ -1340,11 +1341,12 @@ WRONG = [  # what is said, with ... for what was typed, and what was typed
 ]
 
 
-@pytest.mark.parametrize(("message", "typed"), [(said, one) for said, several in WRONG for one in several.split(", ")])
-def test_wrong_options_are_named(message, typed, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("message", "several"), WRONG_OPTIONS)
+def test_wrong_options_are_named(message, several, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = run_fails(capsys, *options(), *shlex.split(typed))
-    assert message.replace("...", typed) in error and len(error) < 250
+    for typed in several.split(", "):
+        error = run_fails(capsys, *options(), *shlex.split(typed))
+        assert message.replace("...", typed) in error and len(error) < 250
     assert not list(tmp_path.rglob("*"))  # nothing was written
 
 
@@ -1406,10 +1408,8 @@ def test_an_existing_run_is_not_touched_unless_asked(run, tmp_path, capsys, bare
     before = (run / "checkpoint.pt").read_bytes()
     assert f"{run} exists" in run_fails(capsys, *options("--out", run))
     assert (run / "checkpoint.pt").read_bytes() == before
-    out = tmp_path / "run"
-    out.mkdir()  # a folder without a checkpoint is free
-    train.main(options("--out", out, "--epochs", 1))
-    assert trained(out, "--epochs", 1, "--seed", 5, "--overwrite")["options"]["seed"] == 5
+    train.main(options("--out", tmp_path, "--epochs", 1))  # a folder without a checkpoint is free
+    assert trained(tmp_path, "--epochs", 1, "--seed", 5, "--overwrite")["options"]["seed"] == 5
 
 
 def test_a_resumed_run_keeps_its_options(run, tmp_path, capsys, bare):
@@ -1520,9 +1520,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ("shapes", KeyError("a fault of the program"), None),
     ],
 )
-def test_out_of_memory_names_what_needs_less_and_another_error_keeps_its_traceback(
-    place, error, message, tmp_path, capsys, monkeypatch
-):
+def test_out_of_memory_is_told_and_a_fault_keeps_its_traceback(place, error, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, place, Mock(side_effect=error))
     words = options("--out", tmp_path / "run")
     if message is None:
