@@ -485,6 +485,7 @@ def test_the_figures_are_of_held_out_images_under_the_same_noise(model):
     assert figures["hardness"] == pytest.approx((learned.mae_loss / random.mae_loss).item())
     assert figures["objects"] == train.objects(learned.scores, data.covered, 4)
     assert figures["diversity"] == train.diversity(learned.scores)
+
     z, z_val = train.encode(model, data.images), train.encode(model, data.val_images)
     assert torch.equal(z, model.features(model.standardise(data.images)))
     expected = train.evaluate(z, data.labels, z_val, data.val_labels)
@@ -494,6 +495,7 @@ def test_the_figures_are_of_held_out_images_under_the_same_noise(model):
     assert figures["objects_contrast"] == train.objects(-patchify(held_out, 4).std(-1), data.covered, 4)
     trivial = (model.target(model.reconstruct(torch.zeros(40, 16, 48), held_out)) - model.target(held_out)).square()
     assert figures["loss_trivial"] == pytest.approx(trivial.mean().item(), rel=0.05)
+
     neutral = train.measure(model, data, 0.0, floors=False, features=False)[0]
     assert neutral["hardness"] == 1 and neutral["objects"] == 0.5 and "knn" not in neutral
     plain = train.measure(CLMAE(small(kappa=0.0)), data._replace(covered=None, classes=["one"]), 0.0, True, True)[0]
@@ -562,6 +564,7 @@ def test_augment_crops_inside_the_image_and_flips_half_of_them():
     assert 0.45 < flipped.float().mean() < 0.55
     upright = torch.where(flipped[:, None, None, None], whole.flip(3), whole)
     torch.testing.assert_close(upright, images, atol=1e-4, rtol=0)  # 1: no crop
+
     crops = train.augment(images, min_crop=0.2)
     top, bottom = crops[:, 0, [0, -1], 0].T
     left, right = crops[:, 1, 0, [0, -1]].sort(1).values.T
@@ -671,6 +674,7 @@ def test_class_folders_with_and_without_a_held_out_part(tmp_path):
     assert data.labels.bincount().tolist() == data.val_labels.bincount().tolist() == [10, 10]
     assert data.val_labels[:8].unique().tolist() == [0, 1]  # shuffled: the figures show the first eight
     assert data.images.shape[2:] == (16, 16)  # as the files are
+
     fewer = train.load_data(arguments("--data", tmp_path, "--images", 12, "--holdout", 3))
     assert len(fewer.images) == 12 and len(fewer.val_images) == 3  # the images trained on are the same with and without
     assert fewer.images.equal(train.load_data(arguments("--data", tmp_path, "--images", 12)).images)
@@ -875,6 +879,7 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
     rates = []
     monkeypatch.setattr(train, "set_learning_rate", lambda o, a, epoch: rates.append(epoch) or set_rate(o, a, epoch))
     log = trained(tmp_path / "run")["log"]
+
     images, lams, losses, autocast = zip(*steps, strict=True)
     assert lams == pytest.approx([1, 1 / 3, -1 / 3, -1]) and rates == [0, 0.5, 1, 1.5] and not any(autocast)
     assert [r["loss"] for r in log[1:]] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
@@ -884,6 +889,7 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
     whole = model.standardise(data.images)
     for batch in images:  # each is another crop
         assert torch.cdist(batch.flatten(1), whole.flatten(1)).min() > 0.1
+
     train.main(options("--out", tmp_path / "half", "--amp", "--min-crop", 1))
     assert all(step[3] for step in steps[4:]) and len(steps) == 8
     seen = torch.cat([step[0] for step in steps[4:]])
@@ -984,16 +990,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
 
 def test_ctrl_c_stops_decoding_and_drawing(run, tmp_path, capsys, monkeypatch):
     save_images(tmp_path, 64)
-    for module, name, words in (
-        (train, "open_image", options("--data", tmp_path, "--image-size", 16)),
-        (visualize, "draw_masks", [str(run)]),
-    ):
-        interrupted = Mock(side_effect=KeyboardInterrupt)
-        monkeypatch.setattr(module, name, interrupted)
+    first = Image.new("RGB", (16, 16))  # is opened for its size
+    monkeypatch.setattr(train, "open_image", Mock(side_effect=[first] + 64 * [KeyboardInterrupt]))
+    monkeypatch.setattr(visualize, "draw_masks", Mock(side_effect=KeyboardInterrupt))
+    for main, words in ((train.main, options("--data", tmp_path)), (visualize.main, [str(run)])):
         with pytest.raises(SystemExit) as stop:
-            module.main(words)
+            main(words)
         assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
-        assert interrupted.call_count < 64
 
 
 def test_compile_is_honoured_and_its_failure_told(run, tmp_path, monkeypatch, capsys, bare):
@@ -1142,6 +1145,7 @@ def test_masks_are_drawn_epoch_by_epoch_each_on_its_image(run, tmp_path, saved, 
                 assert torch.equal(frames[epoch][2][i][0], image.permute(1, 2, 0))
                 assert all(map(torch.equal, frames[epoch][2][5 + i], pictures(ax)))
     assert is_warm(ax.images[1], 1.0) and not is_warm(ax.images[1], 0.5)  # red: more often than by a random mask
+
     roles = {"untrained": "black", ("neutral" if size else "partner"): "#666666" if size else "C0", "adversary": "C1"}
     for entry, role, ax, frame in zip(record["log"], roles, png.axes[1:4], frames, strict=True):
         words = [f"epoch {entry['epoch']}", f"$\\lambda$ = {entry['lambda']:+.2f}", role]
@@ -1163,6 +1167,7 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     above = (out.scores + clmae.gumbel_noise(out.scores, generator())).detach()[0]
     above = above - above.topk(k + 1).values[-2:].mean()  # y less theta
     assert torch.equal(above > 0, visible)
+
     costs = (patch_loss - out.mae_loss.detach()).masked_fill(visible, math.nan)
     slope = above.sigmoid() * (1 - above.sigmoid()) / (model.config.patches - k)  # of soft
     moved = (1000 * costs * slope).masked_fill(scores > 0, math.nan)  # at lambda = +1
@@ -1176,11 +1181,13 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
         rounded = {place: values[place].item() for place in map(tuple, values.isfinite().nonzero().tolist())}
         assert written == pytest.approx(rounded, abs=0.051)
     assert is_warm(cost.images[0], 1) and not is_warm(pushes[0].images[0], 1)  # orange: above the mean; blue: up
+
     assert torch.equal(pictures(image)[0], raw[0].permute(1, 2, 0))
     masked = pixels(out.mask)[0, 0, :, :, None]
     assert torch.equal(pictures(seen)[0], torch.where(masked, 160.0, pictures(image)[0]))
     assert torch.equal(pictures(filled)[0] * ~masked, pictures(image)[0] * ~masked)
     assert (pictures(filled)[0] - pictures(image)[0]).abs().mean() > 2
+
     words = ["image", "a: the", "s = ", "y $-$", "visible: y > ", "pred, ", "patch_loss", "cost: patch_loss $-$ mean"]
     words += ["$\\lambda$ = +1: partner", "$\\lambda$ = $-$1: adversary", "$\\lambda$ = 0: s = 0"]
     assert all(ax.get_title().startswith(word) for ax, word in zip(figure.axes, words, strict=True))
@@ -1190,10 +1197,9 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     assert "cost > 0 (orange)\ns moves at +1 up (blue)" in pushed.texts[-1].get_text()
 
 
-@pytest.mark.parametrize("part", [CLMAE, clmae.Masker])
-def test_masks_of_ones_own_are_drawn_without_a_push(part, tmp_path, saved, monkeypatch):
+@pytest.mark.parametrize(("part", "name"), [(CLMAE, "score_tokens"), (clmae.Masker, "forward")])
+def test_masks_of_ones_own_are_drawn_without_a_push(part, name, tmp_path, saved, monkeypatch):
     model, record = untrained((8, 24))
-    name = {CLMAE: "score_tokens", clmae.Masker: "forward"}[part]
     monkeypatch.setattr(part, name, lambda self, x, lam=0.5: 2 * abs(lam) * torch.linspace(-1, 0, 12)[None])
     visualize.draw_step(record, model, tmp_path / "step.png")
     _, a, s, *_, plus, minus, zero = saved[0][0].axes
@@ -1236,6 +1242,7 @@ def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved, monke
         monkeypatch.setattr(visualize, name, lambda *args: None)
     visualize.draw(tmp_path)
     assert not (tmp_path / "step.png").exists()  # of another run
+
     drawn = {}  # by key
     for ax in saved[0][0].axes:
         for line in ax.lines:
@@ -1246,7 +1253,8 @@ def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved, monke
     assert drawn == {key: pytest.approx(values if len(values) > 1 else 2 * values) for key, values in expected.items()}
 
 
-def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved):
+def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     logs = {"a-0": [1.0, 0.9], "a-1": [1.0, 0.7, 0.6], "b": [1.0], "c": [0.5], "d": [0.5]}
     for seed, (name, log) in enumerate(logs.items()):
         record = weights(run)
@@ -1254,15 +1262,19 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved):
         if name in ("a-0", "a-1"):
             record["options"] |= {"masking": "random", "lambda_start": 0.0, "lambda_end": 0.0}
         record["log"] = [{"epoch": i, "hardness": value, "linear_probe": 2 * value} for i, value in enumerate(log)]
-        (tmp_path / name).mkdir()
-        torch.save(record, tmp_path / name / "checkpoint.pt")
-    a0, a1, b, c, d = (str(tmp_path / name) for name in logs)
-    seeds, *others = "random, 2 seeds: mean and range", "curriculum, lambda_end -1", "curriculum, lambda_end 0"
-    cases = [([a0, f"{a1}/checkpoint.pt", b, c], [seeds, *others]), ([b, a0], ["curriculum", "random"])]
-    cases += [([b, c], ["lambda_end -1", "lambda_end 0"]), ([c, d], ["c", "d"])]
-    for runs, told in cases:
-        visualize.main(runs)
+        Path(name).mkdir()
+        torch.save(record, Path(name, "checkpoint.pt"))
+
+    seeds = "random, 2 seeds: mean and range"
+    for runs, told in (
+        ("a-0 a-1/checkpoint.pt b c", [seeds, "curriculum, lambda_end -1", "curriculum, lambda_end 0"]),
+        ("b a-0", ["curriculum", "random"]),
+        ("b c", ["lambda_end -1", "lambda_end 0"]),
+        ("c d", ["c", "d"]),
+    ):
+        visualize.main(runs.split())
         assert [text.get_text() for text in saved[0][-1].legends[0].get_texts()] == told
+
     hardness, probe = saved[0][0].axes
     assert hardness.get_title().startswith("hardness") and probe.get_title().startswith("linear probe")
     for ax, times in ((hardness, 1), (probe, 2)):
@@ -1293,6 +1305,7 @@ def test_of_a_long_run_and_of_a_long_image_the_pictures_stay_small(tmp_path, sav
     model, record = untrained((8, 24), epochs=50)
     visualize.draw_masks(record, model, tmp_path)
     assert len(saved[1]) == 40 and [ax.get_title()[:8] for ax in saved[0][0].axes[1:10:8]] == ["epoch 0\n", "epoch 49"]
+
     model, record = untrained((1024, 8))
     visualize.draw_step(record, model, tmp_path / "step.png")
     visualize.draw_masks(record, model, tmp_path)
