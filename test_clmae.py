@@ -346,10 +346,13 @@ def test_the_whole_model_can_be_of_another_precision(model, images, dtype):
     assert model.target(images.to(dtype)).dtype == torch.float32
 
 
-def test_encode_can_be_exported_for_any_number_of_images(model, images):
+def test_encode_never_masks_repeats_itself_and_can_be_exported_for_any_number_of_images(model, images):
+    z = model.encode(images)
+    assert z.shape == (6, 17, 32) and torch.equal(z, model.encode(images))
+    assert torch.equal(model.features(images), z[:, 1:].mean(1))
     model.forward = model.encode
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
-    torch.testing.assert_close(exported(images[:3]), model.encode(images[:3]))
+    torch.testing.assert_close(exported(images[:3]), z[:3])
 
 
 def test_a_compiled_step_equals_a_plain_one_and_is_not_compiled_again_for_another_lambda(images):
@@ -387,14 +390,12 @@ def test_reconstruct_undoes_the_target(images, norm_pix):
 
 
 def test_positions_follow_the_formula():
-    table, dim = sincos_positions((3, 5), 16)[0], 16
+    table = sincos_positions((3, 5), 16)[0]
     assert (table[0] == 0).all()  # CLS
-    for row, column, feature in itertools.product(range(3), range(5), range(dim)):
-        position = column if feature < dim // 2 else row
-        quarter, i = divmod(feature % (dim // 2), dim // 4)
-        angle = position / 10000 ** (i / (dim // 4))
-        expected = math.cos(angle) if quarter else math.sin(angle)
-        assert table[1 + 5 * row + column, feature].item() == pytest.approx(expected, abs=1e-6)
+    for row, column, i in itertools.product(range(3), range(5), range(4)):
+        x, y = (position / 10000 ** (i / 4) for position in (column, row))
+        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
+        assert table[1 + 5 * row + column, i::4].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_encoder_carries_timms_names():
@@ -403,12 +404,6 @@ def test_the_encoder_carries_timms_names():
     ends = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias", "cls_token", "pos_embed"]
     assert sorted(state) == sorted([f"blocks.0.{part}.{name}" for part, name in parts] + ends)
     assert state["pos_embed"].shape == (1, 17, 32) and state["cls_token"].shape == (1, 1, 32)
-
-
-def test_encode_never_masks_and_repeats_itself(model, images):
-    z = model.encode(images)
-    assert z.shape == (6, 17, 32) and torch.equal(z, model.encode(images))
-    assert torch.equal(model.features(images), z[:, 1:].mean(1))
 
 
 @pytest.mark.parametrize(
@@ -685,14 +680,13 @@ def test_class_folders_with_and_without_a_held_out_part(tmp_path):
 
 
 def test_downloads_are_read_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    class Downloaded(torchvision.datasets.ImageFolder):
-        def __init__(self, root, split, size, download):
-            assert download and size == "160px"
-            super().__init__(Path(root) / "imagenette2-160" / split)
+    def downloaded(root, split, size, download):
+        assert download and size == "160px"
+        return torchvision.datasets.ImageFolder(Path(root) / "imagenette2-160" / split)
 
     for split, name in itertools.product(("train", "val"), ("n01440764", "n02102040")):
         save_images(tmp_path / "imagenette2-160" / split / name, 6, size=(200, 160))
-    monkeypatch.setattr(torchvision.datasets, "Imagenette", Downloaded)
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", downloaded)
     words = ("--data", "imagenette", "--data-dir", tmp_path)
     error = run_fails(capsys, *words)
     assert f"{tmp_path}/imagenette2-160 is incomplete: delete it" in error
