@@ -1001,8 +1001,10 @@ def test_compile_is_honoured_and_its_failure_told(run, tmp_path, monkeypatch, ca
     train.main(["--finetune", str(run), "--compile", "--epochs", "1", "--batch-size", "32"])
     assert len(compiled) == 8
 
-    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    no_compiler = kind("InvalidCxxCompiler: no working C++ compiler found\nmore lines")
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    no_compiler = InductorError("InvalidCxxCompiler: no working C++ compiler found\nmore lines")
     monkeypatch.setattr(torch, "compile", lambda f: Mock(side_effect=no_compiler))
     error = run_fails(capsys, *options("--compile", "--out", tmp_path / "other"))
     assert "--compile failed: say --no-compile, or install a C++ compiler" in error and len(error) < 250
@@ -1575,7 +1577,6 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch, b
 
 def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
     """Load, features, their score on other data, the masks of a photograph; and timm, where it is installed."""
-    (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", types.SimpleNamespace(figure=visualize.Figure))
