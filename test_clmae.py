@@ -119,11 +119,13 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
     out = model(images, lam, generator())
     a = model.masker(model.encoder.embed(images))
     torch.testing.assert_close(out.scores, kappa * abs(lam) * torch.minimum(a, torch.zeros(())))
+
     _, hard, soft = gumbel_top_k(out.scores.detach(), 4, tau, generator())
     mean = (out.patch_loss * out.mask).sum(1, keepdim=True) / 12
     cost = ((out.patch_loss - mean) * (1 - hard)).detach()
     torch.testing.assert_close(out.masker_loss, (cost * (1 - soft)).sum() / 12 / 6)
     torch.testing.assert_close(out.loss, out.mae_loss + lam * out.masker_loss)
+
     expected = -lam * soft * (1 - soft) / tau * cost / 12 / 6
     (grad,) = torch.autograd.grad(out.loss, out.scores, retain_graph=True)
     torch.testing.assert_close(grad, expected, atol=1e-8, rtol=1e-4)
