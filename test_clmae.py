@@ -19,7 +19,7 @@ import time
 import types
 import zlib
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -746,13 +746,13 @@ def test_the_linear_probe_finds_what_is_linear_draws_nothing_and_needs_no_gradie
 
 
 def test_features_are_z_scored_on_the_training_images(monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "knn_accuracy", lambda *args: seen.append(args) or 1.0)
+    monkeypatch.setattr(train, "knn_accuracy", Mock(return_value=1.0))
     z, z_val = torch.randn(70, 5, generator=generator()) * 3 + 1, torch.randn(20, 5, generator=generator(1))
     labels = torch.arange(70) % 2
     assert train.evaluate(z, labels, z_val, labels[:20], probe=False) == {"knn": 1.0}
-    torch.testing.assert_close(seen[0][0], (z - z.mean(0)) / (z.std(0) + 1e-6))
-    torch.testing.assert_close(seen[0][2], (z_val - z.mean(0)) / (z.std(0) + 1e-6))
+    bank, _, query, _ = train.knn_accuracy.call_args.args
+    torch.testing.assert_close(bank, (z - z.mean(0)) / (z.std(0) + 1e-6))
+    torch.testing.assert_close(query, (z_val - z.mean(0)) / (z.std(0) + 1e-6))
     large = torch.zeros(3, 3, 64, 48, dtype=torch.uint8)
     assert train.encode(None, large).shape == (3, 3 * 32 * 32)
 
@@ -862,7 +862,7 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(run, tm
 
 def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, monkeypatch, bare):
     """Each step: its own lambda, learning rate and crops; the logged loss is the mean of mae_loss over the epoch."""
-    steps, forward, set_rate = [], CLMAE.forward, train.set_learning_rate
+    steps, forward = [], CLMAE.forward
 
     def spy(model, images, lam, *generator):
         output = forward(model, images, lam, *generator)
@@ -872,12 +872,12 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
         return output
 
     monkeypatch.setattr(CLMAE, "forward", spy)
-    rates = []
-    monkeypatch.setattr(train, "set_learning_rate", lambda o, a, epoch: rates.append(epoch) or set_rate(o, a, epoch))
+    monkeypatch.setattr(train, "set_learning_rate", Mock(wraps=train.set_learning_rate))
     log = trained(tmp_path / "run")["log"]
 
     images, lams, losses, autocast = zip(*steps, strict=True)
-    assert lams == pytest.approx([1, 1 / 3, -1 / 3, -1]) and rates == [0, 0.5, 1, 1.5] and not any(autocast)
+    assert lams == pytest.approx([1, 1 / 3, -1 / 3, -1]) and not any(autocast)
+    assert [call.args[2] for call in train.set_learning_rate.call_args_list] == [0, 0.5, 1, 1.5]  # epochs
     assert [r["loss"] for r in log[1:]] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
     assert log[2]["lr"] == pytest.approx(rate(1.5, "--epochs 2 --batch-size 32")[0])
     data = train.load_data(arguments("--images", 64, "--holdout", 64))
@@ -922,14 +922,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(masking, tmp_path
     if masking == "graph":
         own = ("--graph", "--device", "cuda", "--epochs", 3)
     whole, broken = trained(tmp_path / "whole", *own), tmp_path / "broken"
-
-    def interrupted(*state, save=train.save):
-        save(*state)
-        if weights(broken)["epoch"] == 1:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "save", interrupted)
+        patch.setattr(train, "save", Mock(wraps=train.save, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt]))
         train.main(options(*own, "--out", broken))
     old = weights(broken)
     del old["options"]["tau"], old["config"]["tau"], old["means"]  # as if saved before these were there
