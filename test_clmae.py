@@ -376,7 +376,7 @@ def test_a_compiled_step_equals_a_plain_one_and_is_not_compiled_again_for_anothe
 
 
 @pytest.mark.parametrize(("C", "H", "W", "p"), [(3, 16, 16, 4), (1, 8, 20, 4), (4, 6, 3, 3), (3, 5, 7, 1)])
-def test_patches_run_row_by_row_and_pixels_as_row_column_channel(C, H, W, p):
+def test_patches_run_row_by_row_pixels_as_row_column_channel_and_unpatchify_undoes_it(C, H, W, p):
     images = torch.randn(2, C, H, W)
     patches = patchify(images, p)
     for i, (row, column) in enumerate(itertools.product(range(0, H, p), range(0, W, p))):
