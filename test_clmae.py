@@ -139,7 +139,7 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
 def test_each_loss_trains_its_own_part(lam, model, images):
     """loss = mae_loss + lam masker_loss: the first reaches encoder and decoder alone, the second the masker alone.
 
-    mae_loss is that of a plain MAE under the same mask.
+    mae_loss is that of a plain MAE under the same mask. -lambda draws the same masks, and turns the masker around.
     """
     out = model(images, lam, generator())
     assert not out.mask.requires_grad and torch.equal(out.mask.unique(), torch.tensor([0.0, 1.0]))
@@ -154,6 +154,10 @@ def test_each_loss_trains_its_own_part(lam, model, images):
     torch.testing.assert_close(followed, lam * masker, atol=1e-8, rtol=1e-5)
     assert torch.equal(same, mae) and not none.any() and not nothing.any()
     assert mae.norm() > 0.1 and (masker.norm() > 1e-3) == (lam != 0)
+
+    opposite = model(images, -lam, generator())
+    mae, opposed = gradients(model, opposite.loss)
+    assert torch.equal(opposite.mask, out.mask) and torch.equal(mae, same) and torch.equal(opposed, -followed)
 
 
 def test_lambda_0_is_plain_mae_bit_for_bit(images):
@@ -316,6 +320,14 @@ def test_the_forward_pass_equals_a_plain_mae_written_out(kappa, norm_pix):
     preds, losses = zip(*map(plain_mae, [model] * 3, images, out.mask), strict=True)
     torch.testing.assert_close(out.pred, torch.stack(preds), rtol=1e-4, atol=1e-5)
     assert out.mae_loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_masked_pixels_never_reach_the_prediction(model, images):
+    mask = model(images, generator=generator()).mask
+    hidden = unpatchify(mask[..., None].expand(-1, -1, 48), 4, (4, 4))  # (6, 3, 16, 16)
+    pred = model.predict(images, mask)
+    torch.testing.assert_close(model.predict(images + 100 * hidden, mask), pred)
+    assert not torch.allclose(model.predict(images + 1 - hidden, mask), pred)
 
 
 def test_a_mask_of_ones_own(model, images):
