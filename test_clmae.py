@@ -1,4 +1,4 @@
-"""What CL-MAE guarantees, and what its two scripts promise. `pytest` runs everything in minutes on two cores.
+"""What CL-MAE guarantees, and what its two scripts promise. `pytest` runs everything in a minute or two.
 
 No test needs a network, a GPU or a data set: the images are generated.
 """
