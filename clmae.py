@@ -224,7 +224,7 @@ class Decoder(nn.Module):
 
 
 class Masker(nn.Module):
-    """Look at all tokens x (B, L, D) and give each a raw score a (B, L), low = hide. CL-MAE, Sec. 3.
+    """Look at all tokens x (B, L, D) and give each a raw score a (B, L), low = hide. After CL-MAE, Sec. 3.
 
     The scores of each image have mean 0 and std 1: left free they would outgrow the noise of `gumbel_top_k`, and the
     masks would freeze.

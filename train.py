@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -64,9 +65,8 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
     if not data.labelled:
         kinds = f"no labels ({', '.join(data.classes) or 'no'} class alone)"
     print(f"{args.data}: {N:,} training and {len(data.val_images):,} held-out images, {kinds}")
-    print(
-        f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible; {args.epochs} epochs on {device}", flush=True
-    )
+    sizes = f"{c.image_size} pixels, {c.patches} patches, {c.visible} visible"
+    print(f"{sizes}; {args.epochs} epochs on {device}", flush=True)
 
     for epoch in range(len(log), args.epochs + 1):  # epoch 0 has no batches: it measures where the others start
         order = torch.randperm(N).to(data.images.device).split(B)
@@ -274,9 +274,7 @@ def open_folder(path: str, seen: set[str]) -> tuple[list[tuple[str, int]], list[
             raise ValueError(f"{folder} is no class: {why}; --data takes the folder of classes, or of train/ and val/")
         real = {os.path.realpath(file) for file in files}
         if len(real) < len(files) or seen & real:
-            raise ValueError(
-                f"a link in {folder} leads to a picture that is there already: it could be held out and trained on"
-            )
+            raise ValueError(f"a link in {folder} leads to a picture that is there already: none may be there twice")
         seen |= real
         samples += [(file, label) for file in files]
     return samples, classes
@@ -626,9 +624,8 @@ def check_data(args: argparse.Namespace, data: Data, record: dict):
         saved, now = record["means"], image_means(data)
     alike = saved.shape == now.shape and (saved - now).abs().max() < 0.5  # levels: processors round differently
     if not alike or record["N"] != len(data.images):
-        raise ValueError(
-            f"{args.data} has changed: put back the images that {args.out} began with, or take a new --out"
-        )
+        way = f"put back the images that {args.out} began with, or take a new --out"
+        raise ValueError(f"{args.data} has changed: {way}")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -792,9 +789,7 @@ def main(argv: list[str] | None = None):
         if isinstance(error, OSError | ValueError):
             place = traceback.extract_tb(error.__traceback__)[-1]
             text += f" ({Path(place.filename).name}:{place.lineno})"
-        elif isinstance(error, MemoryError) or any(
-            f"{word} memory" in text for word in ("out of", "allocate", "enough")
-        ):
+        elif isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", text):
             calls = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
             text = "out of memory: a smaller --batch-size needs less, and the learning rate follows by itself"
             if calls & {"load_data", "measure"}:
