@@ -405,6 +405,8 @@ class CLMAE(nn.Module):
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """All patches (B, L, p*p*C) under a mask (B, L) of your own, 1 = masked, the same number in each image."""
+        if mask.shape != (len(images), self.config.patches):
+            raise ValueError(f"mask {tuple(mask.shape)} must be ({len(images)}, {self.config.patches})")
         shown = (mask == 0).sum(1)  # (B,)
         if (shown != shown[0]).any() or not 1 <= shown[0] < mask.shape[1]:
             raise ValueError(f"mask must leave the same number of patches visible, 1 to L - 1: {shown.tolist()}")
@@ -420,10 +422,9 @@ class CLMAE(nn.Module):
         return 1 - hard.reshape(samples, *scores.shape).mean(0)
 
 
-def load(run: str | Path) -> tuple[CLMAE, dict]:
-    """The model of a run folder, on the CPU, ready for `model.features(model.standardise(images))`, and its record.
+def load_record(run: str | Path) -> dict:
+    """What `save` in train.py lists of a run: the command's options, the log, the masker's scores by epoch, ...
 
-    The record is what `save` in train.py lists: the command's options, the log, the masker's scores by epoch, ...
     Raises ValueError if the folder has no checkpoint, or a damaged one.
     """
     file = Path(run)
@@ -437,15 +438,25 @@ def load(run: str | Path) -> tuple[CLMAE, dict]:
         if damaged:
             raise ValueError(f"bad checksum of {damaged}")
         record = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"options", "N", "epoch", "log", "scores", "images", "optimizer", "rng"} - record.keys()
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        model = CLMAE(Config(**record["config"]))
-        model.load_state_dict(record["model"])
-        record["run"] = file.parent
+        keys = {"options", "config", "N", "epoch", "log", "scores", "images", "model", "optimizer", "rng"}
+        if keys - record.keys():
+            raise ValueError(f"it has no {', '.join(sorted(keys - record.keys()))}")
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).partition("\n")[0] or "empty"
         raise ValueError(f"{file} is damaged or not a checkpoint of this program ({reason})") from error
+    record["run"] = file.parent
+    return record
+
+
+def load(run: str | Path) -> tuple[CLMAE, dict]:
+    """The model of a run folder, on the CPU, ready for `model.features(model.standardise(images))`, and its record."""
+    record = load_record(run)
+    try:
+        model = CLMAE(Config(**record["config"]))
+        model.load_state_dict(record["model"])
+    except Exception as error:  # missing weights, other shapes, an unknown or an impossible Config
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{record['run']} was made by another clmae.py ({reason})") from error
     return model, record
 
 

@@ -336,6 +336,8 @@ def test_a_mask_of_ones_own(model, images):
     for wrong in (torch.ones(6, 16), torch.zeros(6, 16), (torch.arange(96) % 5 > 0).reshape(6, 16)):
         with pytest.raises(ValueError, match="mask must leave the same number of patches visible"):
             model.predict(images, wrong)
+    with pytest.raises(ValueError, match=r"mask \(1, 16\) must be \(6, 16\)"):
+        model.predict(images, out.mask[:1])
     for step in (model, model.encode):
         with pytest.raises(ValueError, match=r"images \(2, 3, 8, 32\) must be \(B, 3, 16, 16\)"):
             step(torch.zeros(2, 3, 8, 32))
@@ -591,7 +593,7 @@ def test_augment_crops_inside_the_image_and_flips_half_of_them():
 def test_a_folder_of_any_images_becomes_one_tensor(tmp_path):
     for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "LA"):
         save_images(tmp_path / "mixed", 2, mode, (40, 24))
-    save_images(tmp_path / "mixed", 20, "RGB", (19, 33))
+    save_images(tmp_path / "mixed", 20, "RGB", (19, 33))[0].rename(tmp_path / "mixed" / "browser.jfif")
     (tmp_path / "mixed" / "._thumb.png").write_text("not an image: hidden")
     (tmp_path / "mixed" / "notes.txt").write_text("not an image")
     save_images(tmp_path / "mixed" / ".thumbnails", 5)
@@ -614,6 +616,14 @@ def test_pictures_keep_their_shades_their_middle_and_stand_upright(tmp_path):
     assert fit(png, (10, 30))[:, 5, 5].tolist() == [255, 0, 0]
     Image.new("RGB", (20_000, 1), "blue").save(png)
     assert fit(png, (224, 224))[:, 9, 9].tolist() == [0, 0, 255]  # cropped first: resized first it takes gigabytes
+    glyph = Image.new("RGBA", (16, 16))
+    glyph.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    for mode in ("RGBA", "LA", "P"):  # black on what is transparent, and stored as black
+        glyph.convert(mode).save(png)
+        assert fit(png, (16, 16))[:, 3, 3:5].T.tolist() == [[255, 255, 255]] * 2
+        assert fit(png, (16, 16))[:, 8, 8].tolist() == [0, 0, 0]
+    Image.new("1", (16_320, 12_240)).save(png)
+    assert Image.open(png).size == (16_320, 12_240)  # a telephone's, for Pillow an attack
     image = half_red()
     exif = image.getexif()
     exif[0x0112] = 3  # turned by half a turn
@@ -761,8 +771,9 @@ def test_features_are_z_scored_on_the_training_images(monkeypatch):
     monkeypatch.setattr(train, "knn_accuracy", Mock(return_value=1.0))
     z, z_val = torch.randn(70, 5, generator=generator()) * 3 + 1, torch.randn(20, 5, generator=generator(1))
     labels = torch.arange(70) % 2
-    assert train.evaluate(z, labels, z_val, labels[:20], probe=False) == {"knn": 1.0}
+    assert train.evaluate(z.requires_grad_(), labels, z_val, labels[:20], probe=False) == {"knn": 1.0}
     bank, _, query, _ = train.knn_accuracy.call_args.args
+    assert not bank.requires_grad  # as model.features gives it
     torch.testing.assert_close(bank, (z - z.mean(0)) / (z.std(0) + 1e-6))
     torch.testing.assert_close(query, (z_val - z.mean(0)) / (z.std(0) + 1e-6))
     large = torch.zeros(3, 3, 64, 48, dtype=torch.uint8)
@@ -1162,7 +1173,8 @@ def test_masks_are_drawn_epoch_by_epoch_each_on_its_image(run, tmp_path, saved, 
 
 def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     model, record = clmae.load(run)
-    visualize.draw_step(record, model, tmp_path / "step.png")
+    with torch.no_grad():  # as a notebook may have it
+        visualize.draw_step(record, model, tmp_path / "step.png")
     ((figure,), _), raw = saved, record["images"][:1]
     image, a, s, y, seen, filled, loss, cost, *pushes = figure.axes
     x, k = model.standardise(raw), model.config.visible
@@ -1253,18 +1265,25 @@ def test_curves_show_all_that_was_logged_each_by_its_name(tmp_path, saved, monke
             said = f"{ax.get_title()} {line.get_label()}"
             (key,) = (key for key, words in names.items() if all(word in said for word in words.split(" ")))
             drawn[key] = [values[1] for values in line.get_xydata()]
+            assert line.get_marker() == "o" or line.get_color() == "k"  # seen after one epoch
     expected = {key: [entry[key] for entry in log if entry.get(key, 9) < 9] for key in names}
     assert drawn == {key: pytest.approx(values if len(values) > 1 else 2 * values) for key, values in expected.items()}
 
 
 def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    logs = {"a-0": [1.0, 0.9], "a-1": [1.0, 0.7, 0.6], "b": [1.0], "c": [0.5], "d": [0.5]}
+    logs = {"a-0": [1.0, 0.9], "a-1": [1.0, 0.7, 0.6], "b": [1.0], "c": [0.5], "try-1": [0.5], "try-2": [0.5]}
     for seed, (name, log) in enumerate(logs.items()):
-        record = weights(run)
-        record["options"] |= {"seed": seed, "evaluate_every": seed, "lambda_end": 0.0 if name in "cd" else -1.0}
+        record = weights(run) | {"model": {}}  # of a clmae.py that was changed since
+        record["options"] |= {
+            "seed": seed,
+            "evaluate_every": seed,
+            "lambda_end": 0.0 if name in "c try-1 try-2" else -1.0,
+        }
         if name in ("a-0", "a-1"):
             record["options"] |= {"masking": "random", "lambda_start": 0.0, "lambda_end": 0.0}
+        if name in ("a-1", "try-2"):
+            record["options"] |= {"image_size": 32, "patch_size": 4, "seed": min(seed, 4)}  # one was resumed
         record["log"] = [{"epoch": i, "hardness": value, "linear_probe": 2 * value} for i, value in enumerate(log)]
         Path(name).mkdir()
         torch.save(record, Path(name, "checkpoint.pt"))
@@ -1274,7 +1293,7 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved, monkeypatch):
         ("a-0 a-1/checkpoint.pt b c", [seeds, "curriculum, lambda_end -1", "curriculum, lambda_end 0"]),
         ("b a-0", ["curriculum", "random"]),
         ("b c", ["lambda_end -1", "lambda_end 0"]),
-        ("c d", ["c", "d"]),
+        ("c try-1 try-2", ["c", "try-1", "try-2"]),
     ):
         visualize.main(runs.split())
         assert [text.get_text() for text in saved[0][-1].legends[0].get_texts()] == told
@@ -1292,6 +1311,7 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved, monkeypatch):
 
 
 def test_drawing_works_anywhere_and_changes_no_setting(run, tmp_path, saved, monkeypatch):
+    monkeypatch.setitem(visualize.matplotlib.rcParams, "figure.facecolor", "black")  # a notebook's style
     settings = visualize.matplotlib.rcParams.copy()
     folder = str(shutil.copytree(run, tmp_path / "ünïcode"))
     for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), None):  # a poor terminal, a closed one
@@ -1301,6 +1321,7 @@ def test_drawing_works_anywhere_and_changes_no_setting(run, tmp_path, saved, mon
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a notebook's, it has no reconfigure
     train.main(["--resume", folder])  # only draws: the run is finished
     assert sys.stdout.getvalue().endswith(f"figures in {folder}\n")
+    assert {figure.get_facecolor() for figure in saved[0]} == {(1, 1, 1, 1)}
     assert {figure.told_dpi for figure in saved[0]} == {110} and visualize.matplotlib.rcParams.copy() == settings
     assert not re.search(r"pyplot|\.use\(|rcParams", Path(visualize.__file__).read_text(encoding="utf-8"))
 
@@ -1424,6 +1445,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path, capsys, monkeypatch):
 def test_an_existing_run_is_not_touched_unless_asked(run, tmp_path, capsys, bare):
     before = (run / "checkpoint.pt").read_bytes()
     assert f"{run} exists" in run_fails(capsys, *options("--out", run))
+    assert f"--out {run} lies in --data" in run_fails(capsys, "--data", run.parent, "--out", run)
     assert (run / "checkpoint.pt").read_bytes() == before
     train.main(options("--out", tmp_path, "--epochs", 1))  # a folder without a checkpoint is free
     assert trained(tmp_path, "--epochs", 1, "--seed", 5, "--overwrite")["options"]["seed"] == 5
@@ -1437,6 +1459,9 @@ def test_a_resumed_run_keeps_its_options(run, tmp_path, capsys, bare):
         error = run_fails(capsys, "--resume", run, f"--{option}", value)
         assert f"--{option} {value}: {run} has {kept}, and keeps it" in error
     assert f"--images 32: {run} has 64" in run_fails(capsys, "--finetune", run, "--images", 32)
+    for data, kept in (("shapes", (64, 64)), ("cifar10", (None, 0))):  # of other data nothing is left out
+        args, *_ = train.read_options(["--finetune", str(run), "--data", data])
+        assert (args.images, args.holdout) == kept
     shutil.copytree(run, tmp_path / "run")
     same = ("--image-size", 32, "--lr", 0.004, "--evaluate-every", 3, "--no-amp", "--device", "cpu")
     train.main([str(w) for w in ("--resume", tmp_path / "run", *same)])
@@ -1490,13 +1515,13 @@ def test_a_damaged_checkpoint_is_named_and_runs_no_code(run, tmp_path, capsys):
         ({"weights": torch.zeros(3)}, "damaged or not a checkpoint"),
         (saved | {"options": Bomb()}, "damaged or not a checkpoint"),
         (some, "it has no N, epoch, images, log"),
-        (saved | {"model": renamed}, "loading state_dict"),
-        (saved | {"config": saved["config"] | {"dim": 97}}, "dim 97 must be a multiple of 4"),
+        (saved | {"model": renamed}, "made by another clmae.py (Error(s) in loading state_dict"),
+        (saved | {"config": saved["config"] | {"dim": 97}}, "made by another clmae.py (dim 97 must be a multiple of 4"),
     ):
         torch.save(content, file) if isinstance(content, dict) else file.write_bytes(content)
         for main, *words in ((train.main, "--finetune"), (train.main, "--resume"), (visualize.main,)):
             error = run_fails(capsys, *words, tmp_path, main=main)
-            assert f"{file} is" in error and message in error
+            assert str(tmp_path) in error and message in error
     assert not (tmp_path / "exploded").exists()
 
 

@@ -116,7 +116,8 @@ DATASETS = {
     "cifar100": lambda root, train: datasets.CIFAR100(root, train, download=True),
     "imagenette": lambda root, train: datasets.Imagenette(root, "train" if train else "val", "160px", download=True),
 }
-SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif")  # the last may need a plugin of Pillow's
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif")  # some need a plugin of Pillow's
+Image.MAX_IMAGE_PIXELS = None  # telephones reach 200 million, which Pillow takes for an attack
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # what editors write about a picture can be long
 
 
@@ -286,7 +287,7 @@ def pictures(folder: str, pattern: str = "*") -> list[str]:
 
 
 def open_image(image: str | Image.Image) -> Image.Image:
-    """A picture, or that of a file, as RGB and upright: photographs of a telephone are stored lying."""
+    """A picture, or that of a file, as RGB, upright (a telephone stores photographs lying), transparent parts white."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     path = image
@@ -294,10 +295,14 @@ def open_image(image: str | Image.Image) -> Image.Image:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}: save it with 8")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
             with suppress(Exception):  # damaged metadata are no reason to do without the picture
                 image.getexif()  # stays; other metadata, which exif_transpose may stumble over, go
                 image.info.clear()
                 image = ImageOps.exif_transpose(image)
+            if image.mode == "RGBA":  # what is transparent has any colour, mostly black, as the figure on it may have
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"Pillow cannot read {path}: save it as JPEG or PNG, or remove it") from error
@@ -474,6 +479,7 @@ def encode(model: CLMAE | None, images: Tensor) -> Tensor:
 
 def evaluate(z: Tensor, labels: Tensor, z_val: Tensor, val_labels: Tensor, probe: bool = True) -> dict[str, float]:
     """Accuracy in % of kNN and of a linear probe: learned from features z (N, D), labels (N,); scored on the others."""
+    z, z_val = z.detach(), z_val.detach()
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, z_val = (z - mean) / std, (z_val - mean) / std
     labels = labels.to(z.device)
@@ -739,6 +745,8 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, CLMAE | No
             args.lambda_start = args.lambda_end = 0.0
             name += "-random"
         args.out = args.out or f"runs/{name}"
+        if os.path.isdir(args.data) and Path(args.data).resolve() in Path(args.out).resolve().parents:
+            raise ValueError(f"--out {args.out} lies in --data {args.data}, of whose images its pictures would be some")
         if Path(args.out, "checkpoint.pt").exists() and not args.overwrite:
             raise ValueError(f"{args.out} exists: --resume {args.out} goes on with it, --overwrite replaces it")
     if run is None:
@@ -754,6 +762,9 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, CLMAE | No
     if args.finetune is not None:
         saved |= {"device": None, "amp": None} | FINETUNE
         free |= {"seed", "weight_decay", *FINETUNE}
+        if parser.parse_args(argv, argparse.Namespace(**saved)).data != saved["data"]:  # other images: all of them
+            saved |= {"images": None, "holdout": 0}
+            free |= {"images", "holdout"}
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     for name in sorted(saved.keys() - free):
         if getattr(args, name) != saved[name]:

@@ -7,18 +7,17 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 import argparse
 import itertools
 import os
-import re
 import sys
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
+import matplotlib.style
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clmae import CLMAE, Output, gumbel_noise, load, unpatchify
+from clmae import CLMAE, Output, gumbel_noise, load, load_record, unpatchify
 
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe, Ito: colour-blind safe
 STYLE = {"axes.prop_cycle": matplotlib.cycler(color=CYCLE), "savefig.dpi": 110, "font.size": 9}
@@ -27,8 +26,8 @@ COLOURS = {"untrained": "black", "partner": "C0", "neutral": "#666666", "adversa
 PANELS = {
     "lambda": ("$\\lambda$: +1 partner, $-$1 adversary", "", "k-"),
     "hardness": ("hardness: loss, learned / random masks", "", "C1o-"),
-    "loss": ("reconstruction loss", "training, the run's masks", "C1-"),
-    "loss_random": ("reconstruction loss", "held out, random masks", "C0--"),
+    "loss": ("reconstruction loss", "training, the run's masks", "C1o-"),
+    "loss_random": ("reconstruction loss", "held out, random masks", "C0o--"),
     "loss_trivial": ("reconstruction loss", "predicting the patch mean", "k:"),
     "knn": ("kNN, % of held-out images", "features", "C0o-"),
     "knn_pixels": ("kNN, % of held-out images", "raw pixels", "k:"),
@@ -70,6 +69,7 @@ def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, 
     return raw * (1 - mask) + 160 * mask, raw * (1 - mask) + pred * mask
 
 
+@torch.enable_grad()
 def draw_step(record: dict, model: CLMAE, file: Path):
     """step.png: the first held-out image taken through one training step, at lambda = +1 and -1 with the same noise."""
     grid, raw = model.config.grid, record["images"][:1]
@@ -203,7 +203,7 @@ def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
     fig.savefig(file)
 
 
-@matplotlib.rc_context(STYLE)  # around drawing and saving: some settings are read late
+@matplotlib.style.context(["default", STYLE])  # around drawing and saving: some settings are read late
 def draw(run: str | Path):
     """Draw all figures of a run folder."""
     model, record = load(run)
@@ -219,15 +219,17 @@ def draw(run: str | Path):
     print(f"figures in {run}")
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(["default", STYLE])
 def compare(*runs: str | Path):
     """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: the mean and range."""
     arms = {}  # by folder without the seed's number, and options: logs
-    records = [load(run)[1] for run in runs]
+    records = [load_record(run) for run in runs]  # without their models: clmae.py may have been changed in between
     for record in records:
-        untold = UNTOLD.split() + LEARNED * (record["options"].get("masking") == "random")
-        told = (f"{name} {value}".removesuffix(".0") for name, value in record["options"].items() if name not in untold)
-        arms.setdefault((re.sub(r"-\d+$", "", str(record["run"].resolve())), *told), []).append(record["log"])
+        options = record["options"] | {name: record["config"][name] for name in ("image_size", "patch_size")}
+        untold = UNTOLD.split() + LEARNED * (options.get("masking") == "random")
+        told = (f"{name} {value}".removesuffix(".0") for name, value in options.items() if name not in untold)
+        folder = str(record["run"].resolve()).removesuffix(f"-{options['seed']}")
+        arms.setdefault((folder, *told), []).append(record["log"])
 
     options = [told for _, *told in arms]
     names = [option.split()[0] for option in set(itertools.chain(*options))]  # as often as an option has values
