@@ -801,7 +801,9 @@ def test_fine_tuning_learns_from_the_patch_tokens_and_moves_the_first_layers_lea
     args = arguments("--epochs", 4, "--batch-size", 32, "--lr", 1e-2, "--no-amp", "--device", "cpu")
     train.finetune(args, model, {"options": {"data": "other images"}})
 
-    told = re.findall(r"fine-tuned for 4 epochs, (.*): (.*) %", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed.startswith("shapes: fine-tuning on 256 images, 64 held out\n")
+    told = re.findall(r"fine-tuned for 4 epochs, (.*): (.*) %", printed)
     assert [name for name, _ in told] == ["pretrained", "from scratch"] and float(told[0][1]) == 100
     assert not any(map(torch.equal, before, encoder.parameters()))
     assert sum(z.requires_grad for z in pooled) == 2 * 4 * 8  # each batch goes through the patch tokens, not CLS

@@ -533,6 +533,7 @@ def finetune(args: argparse.Namespace, model: CLMAE, record: dict):
     if args.data == record["options"]["data"]:
         check_data(args, data, record)
     N, B = len(data.images), args.batch_size
+    print(f"{args.data}: fine-tuning on {N:,} images, {len(data.val_images):,} held out", flush=True)
     torch.manual_seed(args.seed)
     scratch = CLMAE(model.config)
     scratch.mean, scratch.std = model.mean, model.std

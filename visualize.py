@@ -225,10 +225,10 @@ def compare(*runs: str | Path):
     arms = {}  # by folder without the seed's number, and options: logs
     records = [load_record(run) for run in runs]  # without their models: clmae.py may have been changed in between
     for record in records:
-        options = record["options"] | {name: record["config"][name] for name in ("image_size", "patch_size")}
-        untold = UNTOLD.split() + LEARNED * (options.get("masking") == "random")
-        told = (f"{name} {value}".removesuffix(".0") for name, value in options.items() if name not in untold)
-        folder = str(record["run"].resolve()).removesuffix(f"-{options['seed']}")
+        given = record["options"] | {name: record["config"][name] for name in ("image_size", "patch_size")}
+        untold = UNTOLD.split() + LEARNED * (given.get("masking") == "random")
+        told = (f"{name} {value}".removesuffix(".0") for name, value in given.items() if name not in untold)
+        folder = str(record["run"].resolve()).removesuffix(f"-{given['seed']}")
         arms.setdefault((folder, *told), []).append(record["log"])
 
     options = [told for _, *told in arms]
