@@ -931,10 +931,10 @@ def test_lambda_0_throughout_trains_what_random_masks_train(tmp_path, bare):
 
 def test_the_masks_find_the_objects(tmp_path, monkeypatch, bare):
     monkeypatch.setitem(train.MODELS, "nano", SMALL | {"depth": 1, "masker_dim": 32})
-    words = ("--images", 640, "--holdout", 120, "--epochs", 12, "--batch-size", 8, "--lr", 6.4e-2, "--min-crop", 1)
+    words = ("--images", 900, "--holdout", 120, "--epochs", 12, "--batch-size", 8, "--lr", 0.128, "--min-crop", 1)
     log = trained(tmp_path, *words)["log"]
-    assert min(entry["objects"] for entry in log) < 0.25 and log[-1]["objects"] > 0.75  # the partner shows them first
-    assert min(entry["hardness"] for entry in log[:6]) < 0.993 and max(entry["hardness"] for entry in log[7:]) > 1.02
+    assert min(entry["objects"] for entry in log) < 0.25 and log[-1]["objects"] > 0.8  # the partner shows them first
+    assert min(entry["hardness"] for entry in log[:6]) < 0.98 and max(entry["hardness"] for entry in log[7:]) > 1.03
     assert abs(log[0]["objects_contrast"] - 0.5) < 0.1
 
 
