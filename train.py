@@ -55,11 +55,11 @@ def train(args: argparse.Namespace, model: CLMAE | None = None, record: dict | N
     model, optimizer = build(args, data, device, model)
     lam = torch.tensor(args.lambda_start, device=device)  # a tensor: see CLMAE.forward
     forward = Losses(args, model, (B, *data.images.shape[1:]), lam)
+    means = image_means(data)  # once: they stay what they are
     log, scores = [], []  # by epoch: figures; scores (8, L) of 8 held-out images
     if record is not None:
         log, scores = record["log"], record["scores"]
-        restore(args, data, optimizer, record)
-    means = image_means(data)  # once: they stay what they are
+        restore(args, data, means, optimizer, record)
     c = model.config
     kinds = f"{len(data.classes)} classes ({', '.join(data.classes[:3])}, ...)"
     if not data.labelled:
@@ -477,9 +477,9 @@ def encode(model: CLMAE | None, images: Tensor) -> Tensor:
     return torch.cat([model.features(model.standardise(x)) for x in parts])
 
 
+@torch.no_grad()
 def evaluate(z: Tensor, labels: Tensor, z_val: Tensor, val_labels: Tensor, probe: bool = True) -> dict[str, float]:
     """Accuracy in % of kNN and of a linear probe: learned from features z (N, D), labels (N,); scored on the others."""
-    z, z_val = z.detach(), z_val.detach()
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, z_val = (z - mean) / std, (z_val - mean) / std
     labels = labels.to(z.device)
@@ -531,7 +531,7 @@ def finetune(args: argparse.Namespace, model: CLMAE, record: dict):
     if not data.labelled:
         raise ValueError(f"fine-tuning needs class labels; the images of {args.data} have none")
     if args.data == record["options"]["data"]:
-        check_data(args, data, record)
+        check_data(args, data, image_means(data), record)
     N, B = len(data.images), args.batch_size
     print(f"{args.data}: fine-tuning on {N:,} images, {len(data.val_images):,} held out", flush=True)
     torch.manual_seed(args.seed)
@@ -603,9 +603,9 @@ def save(args: argparse.Namespace, data: Data, means: Tensor, model: CLMAE, opti
             raise OSError(f"cannot write {file} ({error.strerror}){kept}") from None
 
 
-def restore(args: argparse.Namespace, data: Data, optimizer: torch.optim.Optimizer, record: dict):
+def restore(args: argparse.Namespace, data: Data, means: Tensor, optimizer: torch.optim.Optimizer, record: dict):
     """Put optimiser and random numbers back to where a record was saved, and say from where lambda goes on."""
-    check_data(args, data, record)
+    check_data(args, data, means, record)
     optimizer.load_state_dict(record["optimizer"])
     torch.set_rng_state(record["rng"]["cpu"])
     kind = optimizer.param_groups[0]["params"][0].device.type
@@ -624,11 +624,11 @@ def image_means(data: Data) -> Tensor:
     return torch.cat([x.flatten(1)[:, ::4].float().mean(1) for x in parts]).cpu()
 
 
-def check_data(args: argparse.Namespace, data: Data, record: dict):
+def check_data(args: argparse.Namespace, data: Data, means: Tensor, record: dict):
     """Refuse images that are not those of a run: one that it was trained on could be held out now."""
     saved, now = record["images"].float(), data.val_images[:8].cpu().float()  # all that an older run kept
     if "means" in record:
-        saved, now = record["means"], image_means(data)
+        saved, now = record["means"], means
     alike = saved.shape == now.shape and (saved - now).abs().max() < 0.5  # levels: processors round differently
     if not alike or record["N"] != len(data.images):
         way = f"put back the images that {args.out} began with, or take a new --out"

@@ -221,7 +221,7 @@ def draw(run: str | Path):
 
 @matplotlib.style.context(["default", STYLE])
 def compare(*runs: str | Path):
-    """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: the mean and range."""
+    """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ... (their seeds), alike else: mean and range."""
     arms = {}  # by folder without the seed's number, and options: logs
     records = [load_record(run) for run in runs]  # without their models: clmae.py may have been changed in between
     for record in records:
