@@ -6,8 +6,7 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 
 import argparse
 import itertools
-import os
-import sys
+import re
 from pathlib import Path
 from statistics import mean
 
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from clmae import CLMAE, Output, gumbel_noise, load, load_record, unpatchify
 
-CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe, Ito: colour-blind safe
-STYLE = {"axes.prop_cycle": matplotlib.cycler(color=CYCLE), "savefig.dpi": 110, "font.size": 9}
+STYLE = ["default", "tableau-colorblind10", {"savefig.dpi": 110, "font.size": 9}]
 COLOURS = {"untrained": "black", "partner": "C0", "neutral": "#666666", "adversary": "C1"}
 # By key of the log: title of its panel, its name there, its style. Dotted: a floor, logged in epoch 0 only.
 PANELS = {
@@ -32,13 +30,11 @@ PANELS = {
     "knn": ("kNN, % of held-out images", "features", "C0o-"),
     "knn_pixels": ("kNN, % of held-out images", "raw pixels", "k:"),
     "linear_probe": ("linear probe, % of held-out images", "", "C0o-"),
-    "objects": ("objects: 1 hidden, 0 shown, 0.5 chance", "learned masks", "C1o-"),
-    "objects_contrast": ("objects: 1 hidden, 0 shown, 0.5 chance", "high contrast hidden", "k:"),
+    "objects": ("objects: 1 hidden, 0 shown, 0.5 chance", "", "C1o-"),
 }
 UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}  # in curves.png; any other key has a panel
-COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png, whose legend leaves out:
-UNTOLD = "seed out resume device overwrite compile graph data_dir evaluate_every knn_every evaluate finetune benchmark"
-LEARNED = ["lambda_start", "lambda_end", "kappa", "tau"]  # left out of random masks, which have none of them
+COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png
+FREE = {"seed", "out", "resume", "device", "compile", "data_dir", "evaluate_every"}  # may differ in a line of it
 
 
 def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
@@ -111,47 +107,51 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     fig.savefig(file, dpi=130)
 
 
-def draw_masks(record: dict, model: CLMAE, run: Path):
-    """masks.png: the first held-out images down, at most 9 epochs across; masks.gif: at most 40, two a second."""
-    masks = []  # of each epoch: words, their colour, the chances (8, h, w) of being masked
-    log = record["log"]
-    for epoch in torch.linspace(0, len(log) - 1, min(40, len(log))).round().int().tolist():
-        lam = log[epoch]["lambda"]
-        role = "untrained"
-        if epoch > 0:
-            role = ("neutral", "partner", "adversary")[(lam > 0.1) - (lam < -0.1)]
-        words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
-        if "objects" in log[epoch] and role != "neutral":  # which has no masks to speak of
-            words.append(f"objects {log[epoch]['objects']:.2f}")
-        chances = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
-        masks.append((words, COLOURS[role], chances))
+def describe_masks(record: dict, model: CLMAE, epoch: int) -> tuple[list[str], str, Tensor]:
+    """Of an epoch: words, their colour, and the chances (8, h, w) of each patch of 8 images to be masked."""
+    figures = record["log"][epoch]
+    lam = figures["lambda"]
+    role = ("neutral", "partner", "adversary")[(lam > 0.1) - (lam < -0.1)] if epoch else "untrained"
+    words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
+    if "objects" in figures and role != "neutral":  # which has no masks to speak of
+        words.append(f"objects {figures['objects']:.2f}")
+    return words, COLOURS[role], model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
 
-    columns = [masks[i] for i in torch.linspace(0, len(masks) - 1, min(9, len(masks))).round().int().tolist()]
+
+def spread(n: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 to n - 1, evenly spread, first and last among them."""
+    return torch.linspace(0, n - 1, min(most, n)).round().int().tolist()
+
+
+def draw_masks(record: dict, model: CLMAE, file: Path):
+    """masks.png: the first held-out images down, at most 9 epochs across."""
     images, ratio = record["images"][:6], 1 - model.config.visible / model.config.patches
+    columns = [describe_masks(record, model, epoch) for epoch in spread(len(record["log"]), 9)]
     n = len(images)
-    tall = 1.1 * n + 1.9  # inches, 1.9 of them for words
-    place = {"left": 0.01, "right": 0.99, "wspace": 0.08, "hspace": 0.08, "bottom": 1.05 / tall, "top": 1 - 0.85 / tall}
-    fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), tall))
-    axes = fig.subplots(n, 1 + len(columns), squeeze=False, gridspec_kw=place)
+    fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), 1.1 * n + 1.9), layout="constrained")
+    axes = fig.subplots(n, 1 + len(columns), squeeze=False)
     for column, (words, colour, chances) in zip(axes.T, [([], "black", [None] * n), *columns], strict=True):
         column[0].set_title("\n".join(words), color=colour)
         for ax, image, chance in zip(column, images, chances, strict=False):
             drawn = show(ax, image, chance, ratio)
     caption = f"probability of being masked (white: random masks)\nRows: the first {n} held-out images, not selected."
-    if "objects" in log[-1]:
+    if "objects" in record["log"][-1]:
         caption += "\nobjects, of up to 500 images: 0.5 chance; above, masks hide the shapes; below, show them."
-    bar = fig.add_axes((0.03, 0.82 / tall, 0.94, 0.15 / tall))
-    fig.colorbar(drawn, cax=bar, orientation="horizontal", label=caption)
-    fig.savefig(run / "masks.png")
+    fig.colorbar(drawn, ax=axes, location="bottom", label=caption, aspect=60, pad=0.01)
+    fig.savefig(file)
 
-    n = min(n, 5)  # all six would be a file of more than 400 kB
-    fig = Figure(figsize=(1.1 * max(4, n), 2.5))
-    rows = fig.subplots(2, n, squeeze=False, gridspec_kw=place | {"bottom": 0.01, "top": 0.89})
-    for axes, chances in zip(rows, ([None] * n, masks[0][-1]), strict=True):
+
+def draw_film(record: dict, model: CLMAE, file: Path):
+    """masks.gif: at most 40 epochs of five images, two a second."""
+    images, ratio = record["images"][:5], 1 - model.config.visible / model.config.patches  # of more it grows too large
+    frames = [describe_masks(record, model, epoch) for epoch in spread(len(record["log"]), 40)]
+    n = len(images)
+    fig = Figure(figsize=(1.1 * max(4, n), 2.5), layout="constrained")
+    for axes, chances in zip(fig.subplots(2, n, squeeze=False), ([None] * n, frames[0][-1]), strict=True):
         drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
     gif = PillowWriter(fps=2)
-    with gif.saving(fig, run / "masks.gif", dpi=80):
-        for words, colour, chances in masks:
+    with gif.saving(fig, file, dpi=80):
+        for words, colour, chances in frames:
             fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
             for picture, chance in zip(drawn, chances, strict=False):
                 picture.set_data(chance.numpy())
@@ -176,100 +176,79 @@ def draw_reconstructions(record: dict, model: CLMAE, file: Path):
 
 
 def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
-    """A panel for each title of lines (title, label, style, key, logs); of several logs the mean and the range."""
-    panels = {}  # by title: (label, style, (epoch, value) pairs)
-    for title, label, style, key, logs in lines:
-        entries = [entry for entry in itertools.chain(*logs) if key in entry]
-        pairs = [(entry["epoch"], entry[key]) for entry in entries if entry["epoch"] or key != "loss_random"]
-        pairs += [(logs[0][-1]["epoch"], floor) for _, floor in pairs[:1] if style == "k:"]
-        if pairs and (style != "k:" or title in panels):
-            panels.setdefault(title, []).append((label, style, pairs))
-
-    rows = (len(panels) + 1) // 2
+    """A panel for each title of lines (title, label, style, key, logs): mean and range, where all logs have a value."""
+    lines = [line for line in lines if any(line[3] in figures for figures in itertools.chain(*line[4]))]
+    titles = list(dict.fromkeys(title for title, *_ in lines))
+    rows = (len(titles) + 1) // 2
     fig = Figure(figsize=(9, 2.7 * rows), layout="constrained")
-    for i, (title, curves) in enumerate(panels.items(), start=1):
-        ax = fig.add_subplot(rows, 2, i, title=title, xlabel="epoch")
+    axes = {title: fig.add_subplot(rows, 2, i, title=title, xlabel="epoch") for i, title in enumerate(titles, start=1)}
+    for title, label, style, key, logs in lines:
+        ax = axes[title]
         ax.locator_params("x", integer=True)
-        for label, style, pairs in curves:
-            epochs = sorted({epoch for epoch, _ in pairs})
-            several = [[value for at, value in pairs if at == epoch] for epoch in epochs]
-            low, middle, high = ([f(values) for values in several] for f in (min, mean, max))
-            ax.plot(epochs, middle, style, ms=3, label=label)
-            ax.fill_between(epochs, low, high, color=ax.lines[-1].get_color(), alpha=0.2, lw=0)
-        if len(curves) > 1 and not one_legend:
-            ax.legend()
+        runs = [{figures["epoch"]: figures[key] for figures in log if key in figures} for log in logs]
+        if style == "k:":
+            ax.axhline(runs[0][0], color="k", ls=":", label=label)
+            continue
+        epochs = sorted(set.intersection(*map(set, runs)))
+        if key == "loss_random":
+            epochs.remove(0)  # untrained it is far above the others
+        values = [[run[epoch] for run in runs] for epoch in epochs]
+        low, middle, high = ([f(value) for value in values] for f in (min, mean, max))
+        ax.plot(epochs, middle, style, ms=3, label=label)
+        ax.fill_between(epochs, low, high, color=ax.lines[-1].get_color(), alpha=0.2, lw=0)
+
     if one_legend:
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left")
+    for ax in fig.axes:
+        if len(ax.lines) > 1 and not one_legend:
+            ax.legend()
     fig.savefig(file)
 
 
-@matplotlib.style.context(["default", STYLE])  # around drawing and saving: some settings are read late
+@matplotlib.style.context(STYLE)  # around drawing and saving: some settings are read late
 def draw(run: str | Path):
     """Draw all figures of a run folder."""
     model, record = load(run)
-    run = record["run"]
-    (run / "step.png").unlink(missing_ok=True)  # of another run, if this one has no masker
+    run, log = record["run"], record["log"]
     if model.masker is not None:
         draw_step(record, model, run / "step.png")
-    draw_masks(record, model, run)
+    draw_masks(record, model, run / "masks.png")
+    draw_film(record, model, run / "masks.gif")
     draw_reconstructions(record, model, run / "reconstructions.png")
-    keys = dict.fromkeys([*PANELS, *itertools.chain(*record["log"])])
-    lines = [(*PANELS.get(key, (key, "", "C0o-")), key, [record["log"]]) for key in keys if key not in UNSHOWN]
+    keys = dict.fromkeys([*PANELS, *itertools.chain(*log)])
+    lines = [(*PANELS.get(key, (key, "", "C0o-")), key, [log]) for key in keys if key not in UNSHOWN]
     draw_panels(lines, run / "curves.png")
     print(f"figures in {run}")
 
 
-@matplotlib.style.context(["default", STYLE])
+@matplotlib.style.context(STYLE)
 def compare(*runs: str | Path):
-    """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ... (their seeds), alike else: mean and range."""
-    arms = {}  # by folder without the seed's number, and options: logs
+    """compare.png, in the first folder: runs by epoch. Of x-0, x-1, ..., alike but for the seed: mean and range."""
+    arms = {}  # by folder without its number, and options: names, logs
     records = [load_record(run) for run in runs]  # without their models: clmae.py may have been changed in between
     for record in records:
-        given = record["options"] | {name: record["config"][name] for name in ("image_size", "patch_size")}
-        untold = UNTOLD.split() + LEARNED * (given.get("masking") == "random")
-        told = (f"{name} {value}".removesuffix(".0") for name, value in given.items() if name not in untold)
-        folder = str(record["run"].resolve()).removesuffix(f"-{given['seed']}")
-        arms.setdefault((folder, *told), []).append(record["log"])
+        folder = record["run"].resolve()
+        kept = str(sorted((name, value) for name, value in record["options"].items() if name not in FREE))
+        arms.setdefault((re.sub(r"-\d+$", "", str(folder)), kept), []).append((folder.name, record["log"]))
 
-    options = [told for _, *told in arms]
-    names = [option.split()[0] for option in set(itertools.chain(*options))]  # as often as an option has values
-    colours, others = {"masking random": "C0", "masking curriculum": "C1"}, itertools.count(2)
     lines = []
-    for (folder, *told), logs in arms.items():
-        words = [option.removeprefix("masking ") for option in told if names.count(option.split()[0]) > 1]
-        if not words or options.count(told) > 1:
-            words.insert(0, Path(folder).name)
-        if len(logs) > 1:
-            words.append(f"{len(logs)} seeds: mean and range")
-        colour = next((colours.pop(option) for option in told if option in colours), None) or f"C{next(others)}"
-        title = {key: ", ".join(filter(None, PANELS[key][:2])) for key in COMPARED}
-        lines += [(title[key], ", ".join(words), f"{colour}o-", key, logs) for key in COMPARED]
+    for i, ((folder, _), members) in enumerate(arms.items()):
+        names, logs = zip(*members, strict=True)
+        label = f"{Path(folder).name}, {len(logs)} seeds: mean and range" if len(logs) > 1 else names[0]
+        lines += [(", ".join(filter(None, PANELS[key][:2])), label, f"C{i}o-", key, logs) for key in COMPARED]
     draw_panels(lines, records[0]["run"] / "compare.png", one_legend=True)
     print(f"figure: {records[0]['run'] / 'compare.png'}")
 
 
-def mend_streams():
-    """A closed stream, or a letter that a terminal lacks, stops no command."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def main(argv: list[str] | None = None):
     """The command, with the words after its name."""
-    mend_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder written by train.py")
     runs = parser.parse_args(argv).runs
-    command = draw if len(runs) == 1 else compare
     try:
-        command(*runs)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        draw(*runs) if len(runs) == 1 else compare(*runs)
     except (OSError, ValueError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
