@@ -420,7 +420,7 @@ def load_record(run: str | Path) -> dict:
             raise ValueError(f"bad checksum of {damaged}")
         return torch.load(file, map_location="cpu", weights_only=True) | {"run": Path(run)}
     except Exception as error:  # a damaged file fails in many ways
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:150]
         raise ValueError(f"cannot read {file}: {reason}") from error
 
 

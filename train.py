@@ -40,7 +40,9 @@ MODELS = {
 
 def train(args: argparse.Namespace, record: dict | None = None):
     """Train for args.epochs from the start, or on from the checkpoint `record`, and draw the figures."""
-    device = find_device(args.device)
+    plain = json.dumps(vars(args), default=lambda x: x.item() if hasattr(x, "item") else str(x))
+    args = argparse.Namespace(**json.loads(plain))  # numpy's numbers and paths could not be loaded again
+    device, bfloat16 = find_device(args.device)
     data = load_data(args, device)
     N, B = len(data.images), args.batch_size
     steps = N // B  # of an epoch; the last, incomplete batch is dropped
@@ -53,7 +55,6 @@ def train(args: argparse.Namespace, record: dict | None = None):
         log, scores = restore(args, data, model, optimizer, record)
     if args.compile:
         model.compile()  # in place; the first step takes a minute or more
-    amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # that is slow
 
     curriculum = (0.0, 0.0) if args.masking == "random" else (args.lambda_start, args.lambda_end)
     lam = torch.tensor(curriculum[0], device=device)  # a tensor: see CLMAE.forward
@@ -71,7 +72,7 @@ def train(args: argparse.Namespace, record: dict | None = None):
                 group["lr"] = learning_rate(args, epoch - 1 + i / steps)
 
             images = augment(model.standardise(data.images[order[i]]), args.min_crop)  # (B, 3, H, W)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 output = model(images, lam)
             output.loss.backward()
             optimizer.step()
@@ -82,7 +83,7 @@ def train(args: argparse.Namespace, record: dict | None = None):
                 batches.set_postfix_str(f"loss {output.mae_loss.item():.4f}, lambda {lam.item():+.2f}")
 
         # What the epoch did: a record, a line, a checkpoint.
-        figures = {"epoch": epoch, "lambda": lam.item()}
+        figures = {"lambda": lam.item()}
         if epoch:
             figures |= {"loss": losses.mean().item(), "lr": group["lr"]}  # item() waits for a GPU
             figures["images_per_s"] = steps * B / (time.perf_counter() - start)
@@ -96,21 +97,22 @@ def train(args: argparse.Namespace, record: dict | None = None):
             z, z_val = encode(model, data.images), encode(model, data.val_images)
             figures |= evaluate(z, data.labels, z_val, data.val_labels)
 
-        log.append(figures)
+        log.append({"epoch": epoch} | {name: float(value) for name, value in figures.items()})
         scores.append(images_scores[:8].cpu().clone())  # (8, L); a view would save all 500
-        print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+        print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
         save(args, data, model, optimizer, log, scores)
     visualize.draw(args.out)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is. Raises ValueError if torch refuses it."""
+def find_device(name: str | None) -> tuple[torch.device, bool]:
+    """The device of that name, or the best there is; and whether matmuls are in bfloat16: on CUDA that has it."""
     if name is None and torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator().type
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's refusals
         raise ValueError(f"--device {name}: {error}") from error
+    return device, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -465,11 +467,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 # ---- Checkpoint --------------------------------------------------------------------------------------------
 def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.AdamW, log: list, scores: list):
     """Write checkpoint.pt, so that at every moment the old or the new is there, whole; and log.jsonl."""
-    # As json has them: numpy's numbers and paths, from a notebook, could be saved but not loaded again.
-    plain = json.dumps([log, vars(args)], default=lambda x: x.item() if hasattr(x, "item") else str(x))
-    log, options = json.loads(plain)
     record = {
-        "options": options,  # of the command
+        "options": vars(args),  # of the command
         "config": vars(model.config),
         "checksum": data.checksum,
         "epoch": len(log) - 1,
