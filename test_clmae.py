@@ -420,9 +420,6 @@ def test_the_encoder_carries_timms_names():
 def test_config_names_what_cannot_be(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small(**change)
-
-
-def test_image_size_is_a_side_or_a_pair():
     assert Config(image_size=32).image_size == (32, 32) and Config(image_size=[8, 12]).grid == (2, 3)
 
 
@@ -640,10 +637,8 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture
 def bare(monkeypatch):
     """Runs without pictures and without the slowest of their figures."""
-    draw = visualize.draw
     monkeypatch.setattr(visualize, "draw", lambda run: None)
     monkeypatch.setattr(train, "linear_probe", lambda *args: 0.0)
-    return draw
 
 
 def trained(path: Path, *words) -> dict:
@@ -941,79 +936,70 @@ def run_fails(capsys, *words, main=train.main) -> str:
     return stop.value.code
 
 
-WRONG_OPTIONS = [  # what was typed, and what is said of it, with ... for it
-    ("--mask-ratio 1.5, --mask-ratio nan", "... is not between 0 and 1"),
-    ("--lr nan, --lr inf, --lr -0.001, --holdout -1, --warmup-epochs -1.0", "... is not between 0 and inf"),
-    ("--batch-size 0, --epochs 0, --evaluate-every 0, --image-size 0, --patch-size 0", "... is not between 1 and inf"),
-    ("--images 0", "... is not between 2 and inf"),
-    ("--lambda-start 2.0, --lambda-end -1.5", "... is not between -1 and 1"),
-    ("--min-crop 3.0", "... is not between 0.01 and 1"),
-    ("--kappa 0.0, --tau -1.0, --tau inf", "... is not between 1e-06 and inf"),
-    ("--seed -1", "... is not between 0 and 9223372036854775807"),
-    ("--patch-size 5", "patch_size 5 must divide the image size 32 x 32"),
-    ("--mask-ratio 0", "mask_ratio 0.0 leaves 64 of 64"),
-    ("--data cifar11", "... is neither shapes, cifar10"),
-    ("--batch-size 65", "64 training, 64 held-out images: --batch-size is 65"),
-    ("--epochs many", "argument --epochs: invalid int value: 'many'"),
-    ("--model huge", "argument --model: invalid choice: 'huge' (choose from"),
-    ("--device tpu", "...: Expected one of cpu, cuda"),
-    ("--out a\0b, --data a\0b", "null"),
-    ("--resume nowhere", "cannot read nowhere/checkpoint.pt: [Errno 2] No such file"),
-    ("--resume ''", "cannot read checkpoint.pt"),
-    ("--nonsense", "unrecognized arguments: ..."),
-    ("--data cifar10", "no route to host"),
-]
-WRONG_FOLDERS = [  # a tree and what is said of it; cat=3: three pictures in data/cat; b->a: data/b is a link to a
-    ("", "no images in data: expected .jpg"),
-    ("__MACOSX=3", "no images in data: expected .jpg"),
-    (".=5", "0 training, 5 held-out images: --batch-size is 6"),
-    (".=40 thumbs=3", "data has images beside folders (thumbs)"),
-    ("val/cat=3", "data/val is no class: --data takes it alone, or a folder with train/ and val/"),
-    ("bus=3 Train=3", "data/Train is no class"),
-    ("train/cat=3 train/Test=3 val/cat=3 val/Test=3", "data/train/Test is no class"),
-    ("train/cat=3 test/dog=3", "data/test has other classes (cat): --data data/train reads the first alone"),
-    ("cat=3 dog=0", "no images in data/dog"),
-    ("cat=12 dog=12 dog/up->..", "times, by links: leave one"),
-    ("train/a=3 val/a=0 val/a/0.png->../../train/a/RGB-0.png", "data/train/a/RGB-0.png is in data 2 times"),
-]
-WRONG_PICTURES = [  # a file, its content or its mode, and what is said of it
-    ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x10\0\0\0\x10\x08", "cannot read photos/cut.png"),
-    ("I.tiff", "I", "cannot read photos/I.tiff (mode I has more than 8 bits a channel: save it with 8)"),
-    ("I16.png", "I;16", "cannot read photos/I16.png (mode I"),
-    ("F.tiff", "F", "cannot read photos/F.tiff (mode F"),
+WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... for what was typed
+    ("", "--mask-ratio 1.5, --mask-ratio nan", "... is not between 0 and 1"),
+    ("", "--lr nan, --lr inf, --lr -0.001, --holdout -1, --warmup-epochs -1.0", "... is not between 0 and inf"),
+    (
+        "",
+        "--batch-size 0, --epochs 0, --evaluate-every 0, --image-size 0, --patch-size 0",
+        "... is not between 1 and inf",
+    ),
+    ("", "--images 0", "... is not between 2 and inf"),
+    ("", "--lambda-start 2.0, --lambda-end -1.5", "... is not between -1 and 1"),
+    ("", "--min-crop 3.0", "... is not between 0.01 and 1"),
+    ("", "--kappa 0.0, --tau -1.0, --tau inf", "... is not between 1e-06 and inf"),
+    ("", "--seed -1", "... is not between 0 and 9223372036854775807"),
+    ("", "--patch-size 5", "patch_size 5 must divide the image size 32 x 32"),
+    ("", "--mask-ratio 0", "mask_ratio 0.0 leaves 64 of 64"),
+    ("", "--batch-size 65", "64 training, 64 held-out images: --batch-size is 65"),
+    ("", "--epochs many", "argument --epochs: invalid int value: 'many'"),
+    ("", "--model huge", "argument --model: invalid choice: 'huge' (choose from"),
+    ("", "--nonsense", "unrecognized arguments: ..."),
+    ("", "--device tpu", "...: Expected one of cpu, cuda"),
+    ("", "--out a\0b, --data a\0b", "null"),
+    ("", "--resume nowhere", "cannot read nowhere/checkpoint.pt: [Errno 2] No such file"),
+    ("", "--resume ''", "cannot read checkpoint.pt"),
+    ("", "--data cifar10", "no route to host"),
+    ("", "--data cifar11", "... is neither shapes, cifar10"),
+    ("", "--data data", "no images in data: expected .jpg"),
+    ("__MACOSX=3", "--data data", "no images in data: expected .jpg"),  # three pictures in data/__MACOSX
+    (".=5", "--data data", "0 training, 5 held-out images: --batch-size is 32"),
+    (".=40 thumbs=3", "--data data", "data has images beside folders (thumbs)"),
+    ("val/cat=3", "--data data", "data/val is no class: --data takes it alone, or a folder with train/ and val/"),
+    ("bus=3 Train=3", "--data data", "data/Train is no class"),
+    ("train/cat=3 train/Test=3 val/cat=3 val/Test=3", "--data data", "data/train/Test is no class"),
+    ("train/cat=3 test/dog=3", "--data data", "data/test has other classes (cat): --data data/train reads the first"),
+    ("cat=3 dog=0", "--data data", "no images in data/dog"),
+    ("cat=12 dog=12 dog/up->..", "--data data", "times, by links: leave one"),  # dog/up is a link
+    (
+        "train/a=3 val/a=0 val/a/0.png->../../train/a/RGB-0.png",
+        "--data data",
+        "data/train/a/RGB-0.png is in data 2 times",
+    ),
+    (".=20 cut.png<PNG", "--data data", "cannot read data/cut.png"),  # its content
+    (".=20 I.tiff:I", "--data data", "cannot read data/I.tiff (mode I has more than 8 bits a channel: save it with 8)"),
+    (".=20 I16.png:I;16", "--data data", "cannot read data/I16.png (mode I"),
+    (".=20 F.tiff:F", "--data data", "cannot read data/F.tiff (mode F"),
 ]
 
 
-@pytest.mark.parametrize(("several", "message"), WRONG_OPTIONS)
-def test_wrong_options_are_named(several, message, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("tree", "several", "message"), WRONG)
+def test_wrong_input_is_named(tree, several, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Mock(side_effect=OSError("no route to host")))
+    save_images(Path("data"), 0)
+    for place, sign, what in (re.split("(=|->|:|<)", item) for item in tree.split()):
+        file = Path("data", place)
+        if sign == "=":
+            save_images(file, int(what))
+        elif sign == "->":
+            file.symlink_to(what)
+        else:
+            file.write_text(what) if sign == "<" else Image.new(what, (16, 16)).save(file)
+    before = sorted(tmp_path.rglob("*"))
     for typed in several.split(", "):
         assert message.replace("...", typed) in run_fails(capsys, *options(), *shlex.split(typed))
-    assert not list(tmp_path.rglob("*"))  # nothing was written
-
-
-@pytest.mark.parametrize(("tree", "message"), WRONG_FOLDERS)
-def test_wrong_folders_are_named(tree, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_images(Path("data"), 0)
-    for place, sign, what in (re.split("(=|->)", item) for item in tree.split()):
-        if sign == "=":
-            save_images(Path("data", place), int(what))
-        else:
-            Path("data", place).symlink_to(what)
-    assert message in run_fails(capsys, "--data", "data", "--batch-size", 6)
-
-
-@pytest.mark.parametrize(("name", "content", "message"), WRONG_PICTURES)
-def test_pictures_that_cannot_be_read_are_named(name, content, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_images(Path("photos"), 20)
-    if isinstance(content, bytes):
-        Path("photos", name).write_bytes(content)
-    else:
-        Image.new(content, (16, 16)).save(Path("photos", name))
-    assert message in run_fails(capsys, "--data", "photos", "--batch-size", 2)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
 
 
 def test_an_existing_run_is_not_touched_and_a_resumed_one_keeps_its_options_and_its_images(run, tmp_path, capsys, bare):
@@ -1087,18 +1073,19 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch, b
         save_images(tmp_path / folder, 80, size=(40, 32))
     shutil.copytree(tmp_path / "cifar10", tmp_path / "imagenette")
     shutil.copytree(run, tmp_path / "runs" / "shapes")  # the command of the README's Start made it
+    tiny = options("--images", 32, "--holdout", 32, "--image-size", 32, "--no-compile")
     for name in ("README.md", "assets/results.md"):
-        commands = re.findall(r"^python (train|visualize)\.py (.*)", "".join(blocks("bash", name)), re.MULTILINE)
-        assert len(commands) >= 4
-        for script, typed in commands:
+        for script, typed in re.findall(
+            r"^python (train|visualize)\.py (.*)", "".join(blocks("bash", name)), re.MULTILINE
+        ):
             words = [f"./{w}" if w in ("cifar10", "imagenette") else w for w in shlex.split(typed, comments=True)]
-            tiny = options("--images", 32, "--holdout", 32, "--epochs", 1, "--image-size", 32, "--no-compile")
             if script == "train" and name == "assets/results.md":
-                train.build_parser().parse_args(words)  # of runs that the README has as well
+                train.build_parser().parse_args(words)  # the README has such runs as well
             elif script == "train":
-                train.main(words if "--resume" in words else [*words, *tiny])
-            elif len(words) == 1 or name == "README.md":
-                [bare, visualize.compare][len(words) > 1](*words)
+                train.main([*words, "--epochs", "2"] if "--resume" in words else [*words, *tiny])
+            elif name == "README.md":
+                visualize.main(words)
+    assert {folder.name for folder in Path("runs").iterdir()} >= {"shapes-random", "cifar10", "imagenette", "photos"}
 
 
 def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
