@@ -1,13 +1,9 @@
-"""What CL-MAE guarantees, and what its two scripts promise. `pytest` runs everything in a minute or two.
-
-No test needs a network, a GPU or a data set: the images are generated.
-"""
+"""What CL-MAE guarantees, and what its two scripts promise: a minute. No network, no GPU, no data set is needed."""
 
 import argparse
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 import shlex
@@ -107,6 +103,7 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
     out = model(images, lam, generator())
     a = model.masker(model.encoder.embed(images))
     torch.testing.assert_close(out.scores, kappa * abs(lam) * torch.minimum(a, torch.zeros(())))
+    assert a.mean(1).abs().max() < 1e-5 and (a.std(1, unbiased=False) - 1).abs().max() < 1e-3
 
     _, hard, soft = gumbel_top_k(out.scores.detach(), 4, tau, generator())
     mean = (out.patch_loss * out.mask).sum(1, keepdim=True) / 12
@@ -237,12 +234,6 @@ def test_curriculum_factor_falls_linearly_and_is_exactly_zero_half_way():
     for progress in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"progress {progress}"):
             curriculum_factor(progress)
-
-
-def test_raw_scores_have_mean_0_and_std_1(model, images):
-    a = model.masker(model.encoder.embed(images))
-    torch.testing.assert_close(a.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(a.std(1, unbiased=False), torch.ones(6), atol=1e-3, rtol=0)
 
 
 def test_mask_probability_is_the_chance_of_being_masked():
@@ -404,19 +395,19 @@ def test_the_encoder_carries_timms_names():
     assert state["pos_embed"].shape == (1, 17, 32) and state["cls_token"].shape == (1, 1, 32)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"patch_size": 5}, "patch_size 5 must divide the image size 16 x 16"),
-        ({"patch_size": 0}, "patch_size 0"),
-        ({"mask_ratio": 0.99}, "mask_ratio 0.99 leaves 0 of 16"),
-        ({"mask_ratio": 0.01}, "mask_ratio 0.01 leaves 16 of 16"),
-        ({"tau": 0.0}, "tau 0.0 must be"),
-        ({"kappa": math.inf}, "kappa inf must be"),
-        ({"mask_ratio": math.nan}, "mask_ratio nan must be"),
-        ({"patch_size": 1, "channels": 1}, "norm_pix needs more than 1 value in a patch"),
-    ],
-)
+CANNOT_BE = [
+    ({"patch_size": 5}, "patch_size 5 must divide the image size 16 x 16"),
+    ({"patch_size": 0}, "patch_size 0"),
+    ({"mask_ratio": 0.99}, "mask_ratio 0.99 leaves 0 of 16"),
+    ({"mask_ratio": 0.01}, "mask_ratio 0.01 leaves 16 of 16"),
+    ({"tau": 0.0}, "tau 0.0 must be"),
+    ({"kappa": math.inf}, "kappa inf must be"),
+    ({"mask_ratio": math.nan}, "mask_ratio nan must be"),
+    ({"patch_size": 1, "channels": 1}, "norm_pix needs more than 1 value in a patch"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CANNOT_BE)
 def test_config_names_what_cannot_be(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small(**change)
@@ -452,7 +443,6 @@ def test_objects_is_the_area_under_the_roc_curve_and_high_contrast_does_not_find
     # first: -1 is below 0, 0, 0 and above -3: 3 of 4; 0 ties with three and is above -3: 1.5 of 4.
     # Second: 4 of 16 pixels are a fifth or more as well: 3 of 3, 3 of 3 and 1.5 of 3.
     assert train.objects(scores, where, 4) == pytest.approx((4.5 / 8 + 7.5 / 9) / 2)
-
     images, _, covered = train.shapes(2000, 32, seed=2)  # the first 500: those of the default run's figures
     contrast = patchify(images[:500].float(), 4).std(-1)
     assert f"by hiding high contrast {100 * train.objects(-contrast, covered[:500], 4):.0f} %" in page("README.md")
@@ -483,7 +473,6 @@ def test_knn_and_probe_are_what_they_say_of_features_z_scored_on_the_training_im
         for i in cosine.argsort(descending=True)[:20]:
             votes[labels[i]] += math.exp(cosine[i] / 0.07)
         right += votes.index(max(votes)) == label
-
     before, noise = torch.get_rng_state(), torch.randint(0, 3, (900,), generator=generator(1))
     z.requires_grad_()  # as model.features gives them
     figures, chance = (train.evaluate(z[:600], y[:600], z[600:], y[600:]) for y in (labels, noise))
@@ -536,7 +525,6 @@ def test_augment_crops_each_image_anywhere_inside_and_flips_half_of_them():
     upright = torch.where(flipped[:, None, None, None], whole.flip(3), whole)
     torch.testing.assert_close(upright, images, atol=1e-4, rtol=0)
     assert 0.45 < flipped.float().mean() < 0.55
-
     top, bottom = crops[:, 0, [0, -1], 0].T
     left, right = crops[:, 1, 0, [0, -1]].sort(1).values.T
     height, width = bottom - top, right - left
@@ -568,13 +556,11 @@ def test_folders_are_read_whole_without_what_programs_left_behind(tmp_path, caps
     for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "LA"):
         save_images(flat, 3, mode, (40, 24))
     (flat / "._thumb.png").write_text("not an image: hidden")
-    (flat / "notes.txt").write_text("not an image")
     for folder in (flat / ".small", flat / "@eaDir", flat / "__MACOSX/cat", parts / "Training" / "cat" / ".small"):
         save_images(folder, 5)
     for i, (part, name) in enumerate(itertools.product(("Training", "validation"), ("cat", "dog/images/deep"))):
         for file in save_images(parts / part / name, 10):
             Image.eval(Image.open(file), lambda value, i=i: value // 8 + 20 * i).save(file)  # no image is there twice
-
     data = loaded("--data", flat)
     assert (len(data.images), len(data.val_images)) == (19, 2) and data.images.float().flatten(1).std(1).min() > 5
     said = capsys.readouterr().out
@@ -597,9 +583,8 @@ def test_downloads_are_read_by_torchvisions_own_classes(tmp_path, monkeypatch, c
     pixels, names = torch.arange(61_440, dtype=torch.uint8).reshape(20, 3072).numpy(), [f"kind {i}" for i in range(100)]
     trees = {f"cifar-10-batches-py/data_batch_{i}": {"data": pixels, "labels": 2 * [*range(10)]} for i in range(1, 6)}
     trees["cifar-10-batches-py/test_batch"] = trees["cifar-10-batches-py/data_batch_1"]
-    trees |= {
-        f"cifar-100-python/{name}": {"data": pixels, "fine_labels": [*range(80, 100)]} for name in ("train", "test")
-    }
+    hundred = {"data": pixels, "fine_labels": [*range(80, 100)]}
+    trees |= {"cifar-100-python/train": hundred, "cifar-100-python/test": hundred}
     trees["cifar-10-batches-py/batches.meta"] = {"label_names": names[:10]}
     trees["cifar-100-python/meta"] = {"fine_label_names": names}
     for name, content in trees.items():
@@ -608,7 +593,6 @@ def test_downloads_are_read_by_torchvisions_own_classes(tmp_path, monkeypatch, c
     for part, name in itertools.product(("train", "val"), ("n01440764", "n02102040")):
         for file in save_images(tmp_path / "imagenette2-160" / part / name, 6, "CMYK", (200, 160)):
             file.rename(file.with_suffix(".JPEG"))
-
     for name, N, M, told in (
         ("cifar10", 100, 20, "10 classes: kind 0, kind 1, kind 2, ..."),
         ("cifar100", 20, 20, "100 classes: kind 0, kind 1, kind 2, ..."),
@@ -628,7 +612,6 @@ def options(*words) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run of train.py, with its figures."""
     path = tmp_path_factory.mktemp("runs") / "shapes"
     train.main(options("--out", path, "--evaluate-every", 1))
     return path
@@ -636,19 +619,16 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bare(monkeypatch):
-    """Runs without pictures and without the slowest of their figures."""
     monkeypatch.setattr(visualize, "draw", lambda run: None)
     monkeypatch.setattr(train, "linear_probe", lambda *args: 0.0)
 
 
 def trained(path: Path, *words) -> dict:
-    """The checkpoint of a new run in that folder."""
     train.main(options("--out", path, *words))
     return clmae.load_record(path)
 
 
 def same(first: dict, second: dict) -> bool:
-    """Whether two checkpoints have the same weights and, but for the speed, the same log."""
     logs = [[entry | {"images_per_s": 0} for entry in record["log"]] for record in (first, second)]
     return logs[0] == logs[1] and all(torch.equal(first["model"][k], second["model"][k]) for k in first["model"])
 
@@ -683,16 +663,17 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
 
     monkeypatch.setattr(CLMAE, "forward", spy)
     monkeypatch.setattr(train, "learning_rate", Mock(wraps=train.learning_rate))
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)  # a second from one look to the next
     log = trained(tmp_path / "run")["log"]
     images, lams, losses, autocast = zip(*steps, strict=True)
     assert lams == pytest.approx([1, 1 / 3, -1 / 3, -1]) and not any(autocast)
     assert [call.args[1] for call in train.learning_rate.call_args_list[::2]] == [0, 0.5, 1, 1.5]  # of two groups
     assert [r["loss"] for r in log[1:]] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+    assert [r["images_per_s"] for r in log[1:]] == [64, 64]
     assert log[2]["lr"] == train.learning_rate(train.build_parser().parse_args(options()), 1.5)
     model, _ = clmae.load(tmp_path / "run")
     whole = model.standardise(loaded("--images", 64, "--holdout", 64).images)
     assert torch.cdist(torch.cat(images), whole.flatten(1)).min() > 0.1  # each is another crop
-
     monkeypatch.setattr(train, "find_device", lambda name: (torch.device("cpu"), True))
     trained(tmp_path / "half", "--min-crop", 1)
     assert all(step[3] for step in steps[4:]) and len(steps) == 8
@@ -705,10 +686,10 @@ def test_the_loop_is_the_bare_one_with_shuffled_crops_and_a_schedule(tmp_path, m
 
 def test_the_masks_find_the_objects(tmp_path, monkeypatch, bare):
     monkeypatch.setitem(train.MODELS, "nano", SMALL | {"depth": 1, "masker_dim": 32})
-    words = ("--images", 900, "--holdout", 120, "--epochs", 12, "--batch-size", 8, "--lr", 0.128, "--min-crop", 1)
+    words = ("--images", 900, "--holdout", 120, "--epochs", 8, "--batch-size", 8, "--lr", 0.128, "--min-crop", 1)
     log = trained(tmp_path, *words)["log"]
-    assert min(entry["objects"] for entry in log) < 0.25 and log[-1]["objects"] > 0.8  # the partner shows them first
-    assert min(entry["hardness"] for entry in log[:6]) < 0.98 and max(entry["hardness"] for entry in log[7:]) > 1.03
+    assert min(entry["objects"] for entry in log) < 0.3 and log[-1]["objects"] > 0.7  # the partner shows them first
+    assert min(entry["hardness"] for entry in log[:4]) < 0.98 and max(entry["hardness"] for entry in log[5:]) > 1.03
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -756,14 +737,8 @@ def test_options_reach_model_and_optimiser_and_only_matrices_decay():
     words = "--image-size 16 --kappa 3 --tau 0.5 --mask-ratio 0.5 --no-norm-pix --patch-size 4".split()
     model, eighth = (train.build(train.build_parser().parse_args(typed), images) for typed in (words, words[:-2]))
     c, optimizer = model.config, train.build_optimizer(model, 0.3)
-    assert (c.kappa, c.tau, c.mask_ratio, c.norm_pix, c.patch_size, eighth.config.patch_size) == (
-        3,
-        0.5,
-        0.5,
-        False,
-        4,
-        2,
-    )
+    assert (c.kappa, c.tau, c.mask_ratio, c.norm_pix, c.patch_size) == (3, 0.5, 0.5, False, 4)
+    assert eighth.config.patch_size == 2
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.3 if name.endswith("weight") and "norm" not in name else 0), name
@@ -780,7 +755,6 @@ def test_defaults_are_the_papers_and_those_of_the_results():
 
 
 def test_what_a_notebook_passes_can_be_read_back(tmp_path, monkeypatch, bare):
-    """Numbers of numpy's and paths, among options and figures."""
     args = train.build_parser().parse_args(options("--epochs", 1))
     args.out, args.seed = tmp_path / "run", torch.tensor(3).numpy()[()]
     args.kappa, args.lr, args.weight_decay = torch.tensor([2.0, 0.01, 0.1]).double().numpy()
@@ -795,7 +769,6 @@ def test_what_a_notebook_passes_can_be_read_back(tmp_path, monkeypatch, bare):
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def saved(monkeypatch) -> list:
-    """The figures that were saved; nothing is written."""
     figures = []
     monkeypatch.setattr(visualize.Figure, "savefig", lambda figure, file, **how: figures.append(figure))
     return figures
@@ -914,12 +887,8 @@ def test_runs_are_compared_as_far_as_they_go(run, tmp_path, saved, monkeypatch):
     assert told == ["a, 2 seeds: mean and range", "b", "try-1", "try-2"]  # try-2 has other options: no seed of try
     lines = [line for line in ax.lines if line.get_label() in told]
     assert ax.get_title().startswith("hardness") and len({line.get_color() for line in lines}) == 4
-    assert [line.get_ydata().tolist() for line in lines] == [
-        [1, pytest.approx(0.8)],
-        [1],
-        [0.5],
-        [0.5],
-    ]  # where both are
+    values = [line.get_ydata().round(6).tolist() for line in lines]
+    assert values == [[1, 0.8], [1], [0.5], [0.5]]  # the mean, of the epochs that both have
     band = {tuple(corner) for corner in ax.collections[0].get_paths()[0].vertices.round(6).tolist()}
     assert band == {(0, 1), (1, 0.7), (1, 0.9)}
 
@@ -939,11 +908,7 @@ def run_fails(capsys, *words, main=train.main) -> str:
 WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... for what was typed
     ("", "--mask-ratio 1.5, --mask-ratio nan", "... is not between 0 and 1"),
     ("", "--lr nan, --lr inf, --lr -0.001, --holdout -1, --warmup-epochs -1.0", "... is not between 0 and inf"),
-    (
-        "",
-        "--batch-size 0, --epochs 0, --evaluate-every 0, --image-size 0, --patch-size 0",
-        "... is not between 1 and inf",
-    ),
+    ("", "--batch-size 0, --epochs 0, --evaluate-every 0, --image-size 0", "... is not between 1 and inf"),
     ("", "--images 0", "... is not between 2 and inf"),
     ("", "--lambda-start 2.0, --lambda-end -1.5", "... is not between -1 and 1"),
     ("", "--min-crop 3.0", "... is not between 0.01 and 1"),
@@ -957,8 +922,7 @@ WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... 
     ("", "--nonsense", "unrecognized arguments: ..."),
     ("", "--device tpu", "...: Expected one of cpu, cuda"),
     ("", "--out a\0b, --data a\0b", "null"),
-    ("", "--resume nowhere", "cannot read nowhere/checkpoint.pt: [Errno 2] No such file"),
-    ("", "--resume ''", "cannot read checkpoint.pt"),
+    ("", "--resume nowhere, --resume ''", "checkpoint.pt: [Errno 2] No such file"),
     ("", "--data cifar10", "no route to host"),
     ("", "--data cifar11", "... is neither shapes, cifar10"),
     ("", "--data data", "no images in data: expected .jpg"),
@@ -971,15 +935,10 @@ WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... 
     ("train/cat=3 test/dog=3", "--data data", "data/test has other classes (cat): --data data/train reads the first"),
     ("cat=3 dog=0", "--data data", "no images in data/dog"),
     ("cat=12 dog=12 dog/up->..", "--data data", "times, by links: leave one"),  # dog/up is a link
-    (
-        "train/a=3 val/a=0 val/a/0.png->../../train/a/RGB-0.png",
-        "--data data",
-        "data/train/a/RGB-0.png is in data 2 times",
-    ),
+    ("train/a=3 val/a=0 val/a/0.png->../../train/a/RGB-0.png", "--data data", "train/a/RGB-0.png is in data 2 times"),
     (".=20 cut.png<PNG", "--data data", "cannot read data/cut.png"),  # its content
     (".=20 I.tiff:I", "--data data", "cannot read data/I.tiff (mode I has more than 8 bits a channel: save it with 8)"),
     (".=20 I16.png:I;16", "--data data", "cannot read data/I16.png (mode I"),
-    (".=20 F.tiff:F", "--data data", "cannot read data/F.tiff (mode F"),
 ]
 
 
@@ -1006,13 +965,10 @@ def test_an_existing_run_is_not_touched_and_a_resumed_one_keeps_its_options_and_
     before = (run / "checkpoint.pt").read_bytes()
     assert f"{run} has a run: go on with --resume {run}, or take another" in run_fails(capsys, *options("--out", run))
     assert f"--epochs 1: {run} has 2" in run_fails(capsys, "--resume", run, "--epochs", 1)
-    for option, value, kept in (
-        ("patch-size", 8, None), ("image-size", 16, 32), ("lr", 0.1, 0.004), ("batch-size", 16, 32), ("seed", 5, 0),
-        ("images", 32, 64), ("masking", "random", "curriculum"), ("lambda-end", 0.0, -1.0), ("holdout", 9, 64),
-    ):  # fmt: skip
-        assert f"--{option} {value}: the run keeps {kept}" in run_fails(capsys, "--resume", run, f"--{option}", value)
+    others = "--patch-size 8, --lr 0.1, --batch-size 16, --seed 5, --images 32, --masking random, --tau 2.0"
+    for typed in others.split(", "):
+        assert f"{typed}: the run keeps" in run_fails(capsys, "--resume", run, *typed.split())
     assert (run / "checkpoint.pt").read_bytes() == before
-
     photos, moved, out = tmp_path / "photos", tmp_path / "moved", tmp_path / "run"
     files = save_images(photos / "cat", 120, size=(32, 32))
     trained(out, "--data", photos, "--images", 100, "--holdout", 20, "--epochs", 1)
@@ -1022,16 +978,15 @@ def test_an_existing_run_is_not_touched_and_a_resumed_one_keeps_its_options_and_
     photos.rename(moved)
     train.main(["--resume", str(out), "--epochs", "2", "--data", str(moved)])  # another place
     for resumed, data in ((run, moved), (out, "shapes")):
-        assert f"--data {data} is not what {resumed} began with" in run_fails(
-            capsys, "--resume", resumed, "--data", data
-        )
+        error = run_fails(capsys, "--resume", resumed, "--data", data)
+        assert f"--data {data} is not what {resumed} began with" in error
 
 
 def test_a_damaged_checkpoint_is_named_and_runs_no_code(run, tmp_path, capsys):
     file, whole = tmp_path / "checkpoint.pt", (run / "checkpoint.pt").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1  # one bit of some weight
-    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "exploded"),))})
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.mkdir, (tmp_path / "exploded",))})
     for content in (b"", whole[:5000], flipped, [1, 2], {"options": bomb()}):
         torch.save(content, file) if isinstance(content, dict | list) else file.write_bytes(content)
         for main, *words in ((train.main, "--resume"), (visualize.main,), (visualize.main, run)):
@@ -1062,7 +1017,6 @@ def page(name: str) -> str:
 
 
 def blocks(language: str, *names: str) -> list[str]:
-    """The blocks of code of a language in these pages."""
     return re.findall(rf"```{language}\n(.*?)```", "\n".join(map(page, names)), re.DOTALL)
 
 
@@ -1075,9 +1029,8 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch, b
     shutil.copytree(run, tmp_path / "runs" / "shapes")  # the command of the README's Start made it
     tiny = options("--images", 32, "--holdout", 32, "--image-size", 32, "--no-compile")
     for name in ("README.md", "assets/results.md"):
-        for script, typed in re.findall(
-            r"^python (train|visualize)\.py (.*)", "".join(blocks("bash", name)), re.MULTILINE
-        ):
+        code = "".join(blocks("bash", name))
+        for script, typed in re.findall(r"^python (train|visualize)\.py (.*)", code, re.MULTILINE):
             words = [f"./{w}" if w in ("cifar10", "imagenette") else w for w in shlex.split(typed, comments=True)]
             if script == "train" and name == "assets/results.md":
                 train.build_parser().parse_args(words)  # the README has such runs as well
@@ -1089,7 +1042,6 @@ def test_the_readmes_commands_run_on_a_tiny_budget(run, tmp_path, monkeypatch, b
 
 
 def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
-    """Load, features, their score on other data, the masks of a photograph; and timm, where it is installed."""
     shutil.copytree(run, tmp_path / "runs" / "shapes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", types.SimpleNamespace(figure=visualize.Figure))
@@ -1102,7 +1054,6 @@ def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
     model, record, x, z, p = (scope[name] for name in ("model", "record", "x", "z", "p"))
     assert scope["features"].shape == (8, 32) and z.shape == (70, 32)  # 96 of the README's model, which is not SMALL
     assert p.shape == (8, 8) and p.mean().item() == pytest.approx(0.75) and p.std() > 0.01
-
     data = train.load_data(argparse.Namespace(**record["options"]))
     std, mean = torch.std_mean(data.images.float(), (0, 2, 3))
     torch.testing.assert_close((model.mean.flatten(), model.std.flatten()), (mean, std), rtol=1e-4, atol=1e-3)
@@ -1173,7 +1124,6 @@ def test_the_recipe_of_cuda_graphs_trains_what_an_eager_run_trains(device, tmp_p
 
 
 def spied(monkeypatch, place, name: str) -> list:
-    """What a function returns, from now on, call by call, and the options that it got."""
     calls, real = [], getattr(place, name)
     monkeypatch.setattr(place, name, lambda *args, **more: calls.append((real(*args, **more), more)) or calls[-1][0])
     return calls
@@ -1193,7 +1143,6 @@ def test_the_recipe_of_fine_tuning_learns_from_the_patch_tokens_and_moves_the_fi
     settings = '"epochs": 50, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 5.0, '
     assert settings + '"min_crop": 0.3' in recipe
     exec(recipe.replace(settings, '"epochs": 4, "batch_size": 32, "lr": 1e-2, "warmup_epochs": 1.0, '), {})
-
     told = re.findall(r"(.*): (.*) % after 4 epochs", capsys.readouterr().out)
     assert [name for name, _ in told] == ["pretrained", "from scratch"] and float(told[0][1]) == 100
     assert sum(z.requires_grad for z, _ in features) == len(crops) == 2 * 4 * 8  # through the patch tokens, not CLS
@@ -1222,10 +1171,8 @@ def test_the_readmes_bare_loop_trains_and_its_table_is_what_clmae_prints(tmp_pat
     (shown,) = (block for block in blocks("text", "README.md") if block.startswith("One step"))
     shown, printed = (re.split(r"([-+]?\d+\.\d+)", " ".join(text.split())) for text in (shown, capsys.readouterr().out))
     assert shown[::2] == printed[::2]
-    assert [*map(float, shown[1::2])] == pytest.approx(
-        [*map(float, printed[1::2])], abs=0.011
-    )  # the machine's rounding
-
+    numbers = [[float(number) for number in text[1::2]] for text in (shown, printed)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.011)  # the last digit depends on the machine
     (loop,) = (block for block in blocks("python", "README.md") if "curriculum_factor" in block and "backward" in block)
     data = train.shapes(200, 32, seed=1)[0].permute(0, 2, 3, 1).numpy()
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: types.SimpleNamespace(data=data))
