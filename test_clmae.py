@@ -8,6 +8,7 @@ import pickle
 import re
 import shlex
 import shutil
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -860,7 +861,8 @@ def test_curves_show_all_that_was_logged_each_by_its_name(run, saved, monkeypatc
     for name in ("draw_masks", "draw_film", "draw_reconstructions"):
         monkeypatch.setattr(visualize, name, lambda *args: None)
     visualize.draw(run)
-    drawn = {f"{ax.get_title()}, {line.get_label()}": [*line.get_ydata()] for ax in saved[0].axes for line in ax.lines}
+    lines = [(ax.get_title(), line) for ax in saved[0].axes for line in ax.lines if line.get_color() != "0.8"]
+    drawn = {f"{title}, {line.get_label()}": [*line.get_ydata()] for title, line in lines}
     for key, words in (
         ("lambda", "lambda"), ("hardness", "learned / random masks"), ("loss", "loss, training"), ("knn", ", features"),
         ("loss_random", "loss, held out"), ("loss_trivial", "predicting the patch mean"), ("knn_pixels", "raw pixels"),
@@ -1178,3 +1180,54 @@ def test_the_readmes_bare_loop_trains_and_its_table_is_what_clmae_prints(tmp_pat
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: types.SimpleNamespace(data=data))
     exec(re.sub(r"epochs = \d+", "epochs = 2", loop), scope := {})
     assert scope["output"].mae_loss.isfinite() and scope["lam"] == -1
+
+
+# ---- The tables ------------------------------------------------------------------------------------------------------
+def summary(log: list[dict]) -> dict:
+    """What a line of assets/runs.jsonl has of a run's log, beside data, row, options, seed, threads, torch."""
+    first, last, floors = log[0], log[-1], ("knn", "linear_probe", "knn_pixels", "loss_trivial")
+    line = {name: last[name] for name in ("knn", "linear_probe", "loss_random") if name in last}
+    line |= {name: [min(e[name] for e in log), last[name]] for name in ("hardness", "objects") if name in last}
+    line["images_per_s"] = statistics.median(entry["images_per_s"] for entry in log[1:])
+    return line | {"floors": {name: first[name] for name in floors if name in first}}
+
+
+def cell(head: str, runs: list[dict], random: list[dict]) -> str:
+    """A cell below this head: mean ± standard deviation over seeds; less random, by pairs, ± the 95 % interval."""
+    name = {"kNN": "knn", "linear": "linear_probe", "probe": "linear_probe"}.get(head.split()[0], head.split(",")[0])
+    if head == "seeds":
+        return str(len(runs))
+    if name not in runs[0] or ("less" in head and (runs[0] in random or "hardness" not in runs[0])):
+        return ""  # random masks, an untrained model
+    if "lowest / last" in head:
+        return " / ".join(f"{statistics.mean(ends):.2f}" for ends in zip(*(run[name] for run in runs), strict=True))
+    values, sign, factor = [run[name] for run in runs], "", 1.0
+    if "less" in head:
+        values = [value - pair[name] for value, pair in zip(values, random, strict=True)]
+        sign, factor = "+", {2: 4.303, 3: 3.182, 4: 2.776}[len(values) - 1] / len(values) ** 0.5  # Student's t
+    return f"{statistics.mean(values):{sign}.1f} ± {factor * statistics.stdev(values):.1f}"
+
+
+def test_tables_follow_from_the_runs():
+    rows = {}  # by data and row
+    for line in page("assets/runs.jsonl").splitlines():
+        rows.setdefault(tuple(json.loads(line)[name] for name in ("data", "row")), []).append(json.loads(line))
+    used = set()
+    for name in ("README.md", "assets/results.md", "assets/recipes.md"):
+        for table in re.findall(r"(?:^\|.*\n)+", page(name), re.MULTILINE):
+            head, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
+            data = head[0].removeprefix("masks, on ")
+            if not re.search("kNN|probe|hardness|objects", "".join(head[1:])):
+                continue
+            if head[0].endswith(("of an earlier version, not recomputed", "on an H100")):  # such carry no interval
+                assert not re.search(r"[-+][\d.]+ ± ", table)
+                continue
+            for label, *cells in lines:
+                random = rows[data, "random"]
+                runs = [run["floors"] for run in random] if label == "untrained" else rows[data, label]
+                assert cells == [cell(title, runs, random) for title in head[1:]], (name, label)
+                used.add((data, label))
+    assert len(used) >= 7
+    for (data, label), runs in rows.items():
+        log = page(f"assets/log-{data}-{label.split(',')[0].split()[0]}.jsonl").splitlines()
+        assert summary([json.loads(line) for line in log]).items() <= runs[0].items(), label

@@ -169,8 +169,7 @@ def draw_reconstructions(record: dict, model: CLMAE, file: Path):
     fig = Figure(figsize=(1.5 * len(columns), 1.5 * len(raw) + 0.7), layout="compressed")
     for column, (title, pictures) in zip(fig.subplots(len(raw), len(columns), squeeze=False).T, columns, strict=True):
         column[0].set_title(title)
-        for ax, picture in zip(column, pictures, strict=True):
-            show(ax, picture)
+        list(map(show, column, pictures))
     fig.supxlabel("Visible patches: real pixels. Masked ones, with norm_pix: the real mean and contrast.", wrap=True)
     fig.savefig(file)
 
@@ -185,6 +184,7 @@ def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
     for title, label, style, key, logs in lines:
         ax = axes[title]
         ax.locator_params("x", integer=True)
+        ax.axhline({"hardness": 1.0, "objects": 0.5}.get(key, float("nan")), color="0.8", lw=0.8)  # as random masks
         runs = [{figures["epoch"]: figures[key] for figures in log if key in figures} for log in logs]
         if style == "k:":
             ax.axhline(runs[0][0], color="k", ls=":", label=label)
@@ -200,7 +200,7 @@ def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
     if one_legend:
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left")
     for ax in fig.axes:
-        if len(ax.lines) > 1 and not one_legend:
+        if len(ax.get_legend_handles_labels()[1]) > 1 and not one_legend:
             ax.legend()
     fig.savefig(file)
 
