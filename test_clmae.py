@@ -1017,6 +1017,9 @@ def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+PAGES = ("README.md", "assets/results.md", "assets/recipes.md")
+
+
 def blocks(language: str, *names: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", "\n".join(map(page, names)), re.DOTALL)
 
@@ -1183,10 +1186,11 @@ def test_the_readmes_bare_loop_trains_and_its_table_is_what_clmae_prints(tmp_pat
 # ---- The tables ------------------------------------------------------------------------------------------------------
 def summary(log: list[dict]) -> dict:
     """What a line of assets/runs.jsonl has of a run's log, beside data, row, options, seed, threads, torch."""
-    first, last, floors = log[0], log[-1], ("knn", "linear_probe", "knn_pixels", "loss_trivial")
+    first, last, ends = log[0], log[-1], ("hardness", "objects", "diversity")
     line = {name: last[name] for name in ("knn", "linear_probe", "loss_random") if name in last}
-    line |= {name: [min(e[name] for e in log), last[name]] for name in ("hardness", "objects") if name in last}
+    line |= {name: [min(entry[name] for entry in log), last[name]] for name in ends if name in last}
     line["images_per_s"] = statistics.median(entry["images_per_s"] for entry in log[1:])
+    floors = ("knn", "linear_probe", "knn_pixels", "loss_trivial")
     return line | {"floors": {name: first[name] for name in floors if name in first}}
 
 
@@ -1203,29 +1207,28 @@ def cell(head: str, runs: list[dict], random: list[dict]) -> str:
     if "less" in head:
         values = [value - pair[name] for value, pair in zip(values, random, strict=True)]
         sign, factor = "+", {2: 4.303, 3: 3.182, 4: 2.776}[len(values) - 1] / len(values) ** 0.5  # Student's t
-    return f"{statistics.mean(values):{sign}.1f} ± {factor * statistics.stdev(values):.1f}"
+    spread = f" ± {factor * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{spread}"
 
 
-def test_tables_follow_from_the_runs():
-    rows = {}  # by data and row
-    for line in page("assets/runs.jsonl").splitlines():
-        rows.setdefault(tuple(json.loads(line)[name] for name in ("data", "row")), []).append(json.loads(line))
-    used = set()
-    for name in ("README.md", "assets/results.md", "assets/recipes.md"):
-        for table in re.findall(r"(?:^\|.*\n)+", page(name), re.MULTILINE):
-            head, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
-            data = head[0].removeprefix("masks, on ")
-            if not re.search("kNN|probe|hardness|objects", "".join(head[1:])):
-                continue
-            if head[0].endswith(("of an earlier version, not recomputed", "on an H100")):  # such carry no interval
-                assert not re.search(r"[-+][\d.]+ ± ", table)
-                continue
-            for label, *cells in lines:
-                random = rows[data, "random"]
-                runs = [run["floors"] for run in random] if label == "untrained" else rows[data, label]
-                assert cells == [cell(title, runs, random) for title in head[1:]], (name, label)
-                used.add((data, label))
-    assert len(used) >= 7
+def test_tables_follow_from_the_runs(run):
+    rows, used = {}, set()  # by data and row
+    for line in map(json.loads, page("assets/runs.jsonl").splitlines()):
+        rows.setdefault((line["data"], line["row"]), []).append(line)
+    for table in re.findall(r"(?:^\|.*\n)+", "\n\n".join(map(page, PAGES)), re.MULTILINE):
+        head, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
+        if not re.search("kNN|probe|hardness|objects", "".join(head[1:])):
+            continue
+        if head[0].endswith(("of an earlier version, not recomputed", "on an H100")):  # such carry no interval
+            assert not re.search(r"[-+][\d.]+ ± ", table)
+            continue
+        data = head[0].partition(", on ")[2]
+        for label, *cells in lines:
+            runs = [x["floors"] for x in rows[data, "random"]] if label == "untrained" else rows[data, label]
+            assert cells == [cell(title, runs, rows[data, "random"]) for title in head[1:]], label
+            used.add((data, label))
+    assert len(used) >= 7 and summary(clmae.load_record(run)["log"]).keys() >= {"knn", "objects", "diversity", "floors"}
     for (data, label), runs in rows.items():
-        log = page(f"assets/log-{data}-{label.split(',')[0].split()[0]}.jsonl").splitlines()
-        assert summary([json.loads(line) for line in log]).items() <= runs[0].items(), label
+        name = f"log-{data}-{label.partition(',')[0]}.jsonl".replace(" ", "-")
+        log = [json.loads(line) for line in page(f"assets/{name}").splitlines()]
+        assert runs[0]["seed"] == 0 and summary(log).items() <= runs[0].items(), name
