@@ -1061,6 +1061,8 @@ def test_the_readmes_notebook_lines_run(run, tmp_path, monkeypatch):
     data = train.load_data(argparse.Namespace(**record["options"]))
     std, mean = torch.std_mean(data.images.float(), (0, 2, 3))
     torch.testing.assert_close((model.mean.flatten(), model.std.flatten()), (mean, std), rtol=1e-4, atol=1e-3)
+    z, z_val = (train.encode(model, images) for images in (data.images, data.val_images))
+    assert train.evaluate(z, data.labels, z_val, data.val_labels).items() <= record["log"][-1].items()
     now = model.scores(model.standardise(data.val_images[:8]), record["log"][-1]["lambda"])
     torch.testing.assert_close(now, record["scores"][-1], rtol=1e-3, atol=1e-3)
     pytest.importorskip("timm")
