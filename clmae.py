@@ -418,7 +418,8 @@ def load_record(run: str | Path) -> dict:
             damaged = archive.testzip()  # torch.load reads past a flipped bit
         if damaged:
             raise ValueError(f"bad checksum of {damaged}")
-        return torch.load(file, map_location="cpu", weights_only=True) | {"run": Path(run)}
+        record = torch.load(file, map_location="cpu", weights_only=True)
+        return record | {"options": record["options"], "config": record["config"], "run": Path(run)}
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).partition("\n")[0][:150]
         raise ValueError(f"cannot read {file}: {reason}") from error

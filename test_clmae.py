@@ -913,8 +913,8 @@ WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... 
     ("", "--images 0", "... is not between 2 and inf"),
     ("", "--lambda-start 2.0, --lambda-end -1.5", "... is not between -1 and 1"),
     ("", "--min-crop 3.0", "... is not between 0.01 and 1"),
-    ("", "--kappa 0.0, --tau -1.0, --tau inf", "... is not between 1e-06 and inf"),
-    ("", "--seed -1", "... is not between 0 and 9223372036854775807"),
+    ("", "--kappa 0.0, --tau -1.0, --tau inf", "... is not between 1e-06 and 1000000000.0"),
+    ("", "--seed -1", "... is not between 0 and 9223372036854775808"),
     ("", "--patch-size 5", "patch_size 5 must divide the image size 32 x 32"),
     ("", "--mask-ratio 0", "mask_ratio 0.0 leaves 64 of 64"),
     ("", "--batch-size 65", "64 training, 64 held-out images: --batch-size is 65"),
@@ -925,10 +925,10 @@ WRONG = [  # a tree of pictures in data/, what is typed, what is said, with ... 
     ("", "--out a\0b, --data a\0b", "null"),
     ("", "--resume nowhere, --resume ''", "checkpoint.pt: [Errno 2] No such file"),
     ("", "--data cifar10", "no route to host"),
-    ("", "--data cifar11", "... is neither shapes, cifar10"),
+    ("", "--data cifar11, --data ''", "is neither shapes, cifar10"),
     ("", "--data data", "no images in data: expected .jpg"),
     ("__MACOSX=3", "--data data", "no images in data: expected .jpg"),  # three pictures in data/__MACOSX
-    (".=5", "--data data", "0 training, 5 held-out images: --batch-size is 32"),
+    (".=5", "--data data --holdout 0", "4 training, 1 held-out images: --batch-size is 32"),
     (".=40 thumbs=3", "--data data", "data has images beside folders (thumbs)"),
     ("val/cat=3", "--data data", "data/val is no class: --data takes it alone, or a folder with train/ and val/"),
     ("bus=3 Train=3", "--data data", "data/Train is no class"),
@@ -988,7 +988,7 @@ def test_a_damaged_checkpoint_is_named_and_runs_no_code(run, tmp_path, capsys):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1  # one bit of some weight
     bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.mkdir, (tmp_path / "exploded",))})
-    for content in (b"", whole[:5000], flipped, [1, 2], {"options": bomb()}):
+    for content in (b"", whole[:5000], flipped, [1, 2], {"options": bomb()}, {"model": {}}):
         torch.save(content, file) if isinstance(content, dict | list) else file.write_bytes(content)
         for main, *words in ((train.main, "--resume"), (visualize.main,), (visualize.main, run)):
             assert f"cannot read {file}: " in run_fails(capsys, *words, tmp_path, main=main)

@@ -42,6 +42,8 @@ def train(args: argparse.Namespace, record: dict | None = None):
     """Train for args.epochs from the start, or on from the checkpoint `record`, and draw the figures."""
     plain = json.dumps(vars(args), default=lambda x: x.item() if hasattr(x, "item") else str(x))
     args = argparse.Namespace(**json.loads(plain))  # numpy's numbers and paths could not be loaded again
+    if record is None and Path(args.out, "checkpoint.pt").exists():
+        raise ValueError(f"{args.out} has a run: go on with --resume {args.out}, or take another --out")
     device, bfloat16 = find_device(args.device)
     data = load_data(args, device)
     N, B = len(data.images), args.batch_size
@@ -90,7 +92,9 @@ def train(args: argparse.Namespace, record: dict | None = None):
         measured, images_scores = measure_masks(model, data, lam)
         figures |= measured
         if not math.isfinite(figures.get("loss", 0.0) + figures["loss_random"]):
-            raise ValueError(f"the loss of epoch {epoch} is not finite: try a lower --lr; {args.out} has the last one")
+            raise ValueError(
+                f"the loss of epoch {epoch} is not finite: try a lower --lr; {args.out} has the one before"
+            )
         if epoch == 0:
             figures |= measure_floors(model, data)
         if len(data.classes) > 1 and (epoch % args.evaluate_every == 0 or epoch == args.epochs):
@@ -110,7 +114,7 @@ def find_device(name: str | None) -> tuple[torch.device, bool]:
         name = torch.accelerator.current_accelerator().type
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch's refusals
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's refusals
         raise ValueError(f"--device {name}: {error}") from error
     return device, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -152,13 +156,12 @@ def load_data(args: argparse.Namespace, device: torch.device | str = "cpu") -> D
             parts.append(read_images(pairs[1], args.image_size))
 
     if len(parts) == 1:
-        n = args.holdout or len(parts[0][1]) // 10
+        n = args.holdout or max(1, len(parts[0][1]) // 10)
         parts = [[x[:-n] for x in parts[0]], [x[-n:] for x in parts[0]]]
     (images, labels, *_), (val_images, val_labels, *covered) = parts  # shapes know what they cover
-    if len(images) < args.batch_size:  # or none, where n is 0 or too many
-        raise ValueError(
-            f"{len(images)} training, {len(val_images)} held-out images: --batch-size is {args.batch_size}"
-        )
+    if len(images) < args.batch_size:  # or none, where n is too many
+        many = f"{len(images)} training, {len(val_images)} held-out images"
+        raise ValueError(f"{many}: --batch-size is {args.batch_size}")
 
     classes = classes or [str(label) for label in range(int(labels.max()) + 1)]  # not all name theirs
     kinds = f"{len(classes)} classes: {', '.join(classes[:3])}, ..." if len(classes) > 1 else "no labels"
@@ -178,7 +181,7 @@ def open_data(name: str, root: str) -> tuple[list, list[str], list[str]]:
         return parts, [words if isinstance(words, str) else words[0] for words in classes], [name]
 
     folder = Path(name)
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         raise ValueError(f"--data {name} is neither shapes, {', '.join(DATASETS)} nor a folder")
     inner = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     paths = [next((inner[part] for part in names if part in inner), None) for names in PARTS]
@@ -221,7 +224,7 @@ def open_folder(path: Path) -> tuple[list[tuple[str, int]], list[str]]:
     empty = {*places} - {places[label] for _, label in pairs}
     if empty:
         raise ValueError(f"no images in {path / min(empty)}: expected {' '.join(IMG_EXTENSIONS)}")
-    if classes and any(is_picture(file) for file in path.iterdir()):
+    if classes and any(file.is_file() and is_picture(file) for file in path.iterdir()):
         raise ValueError(f"{path} has images beside folders ({classes[0]}): each class has a folder, or all are flat")
     return pairs, classes
 
@@ -489,7 +492,7 @@ def save(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.op
 def restore(args: argparse.Namespace, data: Data, model: CLMAE, optimizer: torch.optim.AdamW, record: dict) -> tuple:
     """Put weights, optimiser and random numbers back to where a record was saved. Its log and scores."""
     if data.checksum != record["checksum"]:
-        raise ValueError(f"--data {args.data} is not what {args.out} began with: put its files back")
+        raise ValueError(f"--data {args.data} is not what {args.out} began with: names of files differ")
     model.load_state_dict(record["model"])
     optimizer.load_state_dict(record["optimizer"])
     for kind, module in rng_modules(model).items():
@@ -508,8 +511,8 @@ def rng_modules(model: CLMAE) -> dict:
 LOWEST = dict.fromkeys(["image_size", "patch_size", "epochs", "batch_size", "evaluate_every"], 1) | {"images": 2}
 LOWEST |= dict.fromkeys(["holdout", "lr", "weight_decay", "warmup_epochs", "mask_ratio", "seed"], 0)
 LOWEST |= {"kappa": 1e-6, "tau": 1e-6, "min_crop": 0.01, "lambda_start": -1, "lambda_end": -1}
-HIGHEST = {"mask_ratio": 1, "min_crop": 1, "lambda_start": 1, "lambda_end": 1, "seed": 2**63 - 1}
-FREE = {"resume", "epochs", "evaluate_every", "data", "data_dir", "device", "compile"}  # on --resume
+HIGHEST = {"mask_ratio": 1, "min_crop": 1, "lambda_start": 1, "lambda_end": 1, "kappa": 1e9, "tau": 1e9, "seed": 2**63}
+FREE = {"resume", "epochs", "evaluate_every", "data", "data_dir", "device", "compile"}  # may change on --resume
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -566,8 +569,6 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | Non
             raise ValueError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if args.out is None:
         args.out = f"runs/{Path(args.data).resolve().name}{'-random' if args.masking == 'random' else ''}"
-    if record is None and Path(args.out, "checkpoint.pt").exists():
-        raise ValueError(f"{args.out} has a run: go on with --resume {args.out}, or take another --out")
     return args, record
 
 
