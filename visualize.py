@@ -34,7 +34,7 @@ PANELS = {
 }
 UNSHOWN = {"epoch", "lr", "images_per_s", "diversity"}  # in curves.png; any other key has a panel
 COMPARED = ["hardness", "loss_random", "knn", "linear_probe", "objects"]  # in compare.png
-FREE = {"seed", "out", "resume", "device", "compile", "data_dir", "evaluate_every"}  # may differ in a line of it
+MAY_DIFFER = {"seed", "out", "resume", "device", "compile", "data_dir", "evaluate_every"}  # in a line of it
 
 
 def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = None, ratio: float = 0.0):
@@ -228,7 +228,7 @@ def compare(*runs: str | Path):
     records = [load_record(run) for run in runs]  # without their models: clmae.py may have been changed in between
     for record in records:
         folder = record["run"].resolve()
-        kept = str(sorted((name, value) for name, value in record["options"].items() if name not in FREE))
+        kept = str(sorted((name, value) for name, value in record["options"].items() if name not in MAY_DIFFER))
         arms.setdefault((re.sub(r"-\d+$", "", str(folder)), kept), []).append((folder.name, record["log"]))
 
     lines = []
