@@ -10,9 +10,9 @@ from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide
 
 Symbols: B images, C channels, L patches (tokens), K visible ones, D encoder width (Dd the decoder's, Dm the masker's),
 lam the factor lambda. Of an image: x tokens, z the encoder's features, ids the K visible patches, theta the threshold
-of y for being visible. Of a patch: `a` the raw score, s = scores (low = hide), y = s + Gumbel noise, hard 1 = visible,
-soft its differentiable stand-in, mask = 1 - hard, patch_loss its error, cost how far that is above its image's mean.
-MAE is He et al., CVPR 2022. `python clmae.py` shows one step and who gets which gradient.
+of y for being visible. Of a patch: raw the masker's raw score, s the score (low = hide), y = s + Gumbel noise, keep
+1 = visible, soft its differentiable stand-in, mask = 1 - keep, patch_loss its error, cost how far that is above its
+image's mean. MAE is He et al., CVPR 2022. `python clmae.py` shows one step and who gets which gradient.
 """
 
 import zipfile
@@ -212,10 +212,10 @@ class Decoder(nn.Module):
 
 # ---- What CL-MAE adds: a masker, a way to sample its masks, a factor that turns it from partner to adversary ---------
 class Masker(nn.Module):
-    """Look at all tokens x (B, L, D) and give each a raw score a (B, L), low = hide. After CL-MAE, Sec. 3.
+    """Look at all tokens x (B, L, D) and give each a raw score (B, L), low = hide. After CL-MAE, Sec. 3.
 
-    The scores of each image have mean 0 and std 1: left free they would outgrow the noise of `gumbel_top_k`, and the
-    masks would freeze.
+    The raw scores of each image have mean 0 and std 1: left free they would outgrow the noise of `gumbel_top_k`, and
+    the masks would freeze.
     """
 
     def __init__(self, c: Config):
@@ -228,38 +228,38 @@ class Masker(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.embed(x))  # (B, L, Dm)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round scores into ties
-            a = self.score(self.norm(x.to(self.score.weight.dtype))).squeeze(-1).float()  # (B, L)
-        a = a - a.mean(1, keepdim=True)
-        return a / (a.square().mean(1, keepdim=True) + 1e-6).sqrt()
+            raw = self.score(self.norm(x.to(self.score.weight.dtype))).squeeze(-1).float()  # (B, L)
+        raw = raw - raw.mean(1, keepdim=True)
+        return raw / (raw.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
 
-def gumbel_noise(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent Gumbel(0, 1) noise, std 1.28, of the shape (B, L) of the scores."""
-    u = torch.empty_like(scores).uniform_(generator=generator).clamp_min(torch.finfo(scores.dtype).tiny)
+def gumbel_noise(s: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent Gumbel(0, 1) noise, std 1.28, of the shape (B, L) of the scores s."""
+    u = torch.empty_like(s).uniform_(generator=generator).clamp_min(torch.finfo(s.dtype).tiny)
     return -(-u.log()).log()
 
 
 def gumbel_top_k(
-    scores: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
+    s: Tensor, k: int, tau: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample k of L tokens, one after another: of those left, i is drawn with probability e^s_i / (their sum of e^s).
 
     Adding Gumbel(0, 1) noise and taking the k largest is an exact sample of that Plackett-Luce distribution
     (Yellott 1977; Vieira 2014; Kool et al., ICML 2019).
 
-    scores: s, (B, L). tau: temperature of the relaxation, in units of the scores.
-    Returns ids (B, k) of the sampled tokens; hard (B, L), 1 for them and 0 for the others; soft (B, L) in [0, 1], its
-    differentiable stand-in: the sigmoid of how far y = scores + noise lies above the threshold theta, over tau.
+    s: scores (B, L). tau: temperature of the relaxation, in units of the scores.
+    Returns ids (B, k) of the sampled tokens; keep (B, L), 1 for them and 0 for the others; soft (B, L) in [0, 1], its
+    differentiable stand-in: the sigmoid of how far y = s + noise lies above the threshold theta, over tau.
     """
-    y = scores + gumbel_noise(scores, generator)  # (B, L)
+    y = s + gumbel_noise(s, generator)  # (B, L)
     top, ids = y.topk(k + 1, dim=1)  # (B, k+1), descending
     ids = ids[:, :k]
-    hard = torch.zeros_like(scores).scatter(1, ids, 1.0)  # (B, L)
+    keep = torch.zeros_like(s).scatter(1, ids, 1.0)  # (B, L)
 
     # theta is two tokens' y, averaged. Detached: else each of these would also get minus half the sum of all gradients.
     theta = top[:, k - 1 :].mean(1, keepdim=True).detach()  # (B, 1), midway between the last in and the first out
     soft = torch.sigmoid((y - theta) / tau)  # (B, L)
-    return ids, hard, soft
+    return ids, keep, soft
 
 
 def curriculum_factor(progress: float, start: float = 1.0, end: float = -1.0) -> float:
@@ -347,13 +347,13 @@ class CLMAE(nn.Module):
         """The scores s (B, L) of tokens x (B, L, D)."""
         if self.masker is None:
             return x.new_zeros(x.shape[:2], dtype=torch.float32)  # (B, L)
-        a = self.masker(x.detach())  # (B, L); detach: the masker must not teach the patch embedding
+        raw = self.masker(x.detach())  # (B, L); detach: the masker must not teach the patch embedding
 
-        # min(a, 0): it may only hide, features were worse when it could also show. About half of the tokens have a < 0
-        # and are hidden more often than the others, which share s = 0 and pass no gradient on.
+        # min(raw, 0): it may only hide, a linear probe was lower when it could also show. About half of the tokens have
+        # raw < 0 and are hidden more often than the others, which share s = 0 and pass no gradient on.
         # |lam|: AdamW rescales gradients to unit size, so a loss that shrinks with lam would not slow the masker down;
         # therefore its scores, how far masks depart from random ones, shrink too. The sign of lam is the loss's.
-        return self.config.kappa * abs(lam) * a.clamp(max=0)  # (B, L)
+        return self.config.kappa * abs(lam) * raw.clamp(max=0)  # (B, L)
 
     def forward(self, images: Tensor, lam: Tensor | float = 0.0, generator: torch.Generator | None = None) -> Output:
         """One step of CL-MAE on standardised images (B, C, H, W).
@@ -366,30 +366,31 @@ class CLMAE(nn.Module):
 
         # 1. The masker scores every token.
         x = self.encoder.embed(images)  # (B, L, D)
-        scores = self.score_tokens(x, lam)  # (B, L)
+        s = self.score_tokens(x, lam)  # (B, L)
 
         # 2. Sample the K visible tokens.
-        ids, hard, soft = gumbel_top_k(scores, c.visible, c.tau, generator)  # (B, K), (B, L), (B, L)
-        mask = 1 - hard  # (B, L), 1 = masked
+        ids, keep, soft = gumbel_top_k(s, c.visible, c.tau, generator)  # (B, K), (B, L), (B, L): soft is for step 5
+        mask = 1 - keep  # (B, L), 1 = masked
 
         # 3. Encode the visible tokens, decode all.
         z = self.encoder(x, ids)  # (B, 1+K, D)
         pred = self.decoder(z, ids)  # (B, L, p*p*C)
 
-        # 4. The MAE's loss: the error of the masked patches. MAE, Sec. 3.
+        # 4. The MAE's loss, mae_loss: the error of the masked patches. MAE, Sec. 3.
         patch_loss = (pred.float() - self.target(images)).square().mean(-1)  # (B, L)
         image_loss = (patch_loss * mask).sum(1, keepdim=True) / hidden  # (B, 1)
-        mae_loss = image_loss.mean()
+        mae_loss = image_loss.mean()  # ()
 
         # 5. The masker's loss: what its masks cost. A hidden patch costs its own error, less the mean over its image's
         #    hidden patches: K is fixed, so to show one is to hide another, and only differences count. Sampling has no
-        #    gradient, so soft stands in for hard (straight-through). cost is detached: none of this reaches the MAE.
+        #    gradient, so soft stands in for keep (straight-through). cost is detached: none of this reaches the MAE.
+        #    What descent adds to the score of a hidden patch, its push: lam cost soft (1 - soft) / (tau (L - K) B).
         cost = ((patch_loss - image_loss) * mask).detach()  # (B, L)
-        masker_loss = (cost * (1 / hidden) * (1 - soft)).sum(1).mean()
+        masker_loss = (cost * (1 / hidden) * (1 - soft)).sum(1).mean()  # ()
 
         # 6. The curriculum. The MAE lowers the first loss; the masker lowers the second at lam > 0, raises it below 0.
         loss = mae_loss + lam * masker_loss
-        return Output(loss, mae_loss, masker_loss, pred, mask, scores, patch_loss)
+        return Output(loss, mae_loss, masker_loss, pred, mask, s, patch_loss)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """All patches (B, L, p*p*C) under a mask (B, L) of your own, 1 = masked, the same number in each image."""
@@ -406,8 +407,8 @@ class CLMAE(nn.Module):
         """The chance (B, L) of every patch to be masked, given scores (B, L), by sampling."""
         repeated = scores.expand(samples, -1, -1).flatten(0, 1)  # (samples * B, L)
         generator = torch.Generator(scores.device).manual_seed(0)
-        _, hard, _ = gumbel_top_k(repeated, self.config.visible, generator=generator)
-        return 1 - hard.reshape(samples, *scores.shape).mean(0)
+        _, keep, _ = gumbel_top_k(repeated, self.config.visible, generator=generator)
+        return 1 - keep.reshape(samples, *scores.shape).mean(0)
 
 
 def load_record(run: str | Path) -> dict:

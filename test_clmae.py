@@ -64,19 +64,19 @@ def inclusion_probabilities(scores: list[float], k: int) -> torch.Tensor:
 
 def test_gumbel_top_k_samples_the_plackett_luce_distribution():
     scores, n = [1.5, 0.3, 0.0, -0.7, -2.0], 200_000
-    _, hard, _ = gumbel_top_k(torch.tensor(scores).expand(n, -1), 2, generator=generator())
+    _, keep, _ = gumbel_top_k(torch.tensor(scores).expand(n, -1), 2, generator=generator())
     exact = inclusion_probabilities(scores, 2)
     error = (exact * (1 - exact) / n).sqrt()
-    assert ((hard.double().mean(0) - exact).abs() < 4 * error).all()
+    assert ((keep.double().mean(0) - exact).abs() < 4 * error).all()
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(50, 9), torch.randn(50, 9) * 1e4, torch.full((50, 9), -1e30)])
 def test_exactly_k_tokens_are_visible_whatever_the_scores(scores):
     for k in (1, 4, 8):
-        ids, hard, soft = gumbel_top_k(scores, k, generator=generator())
-        assert (hard.sum(1) == k).all() and torch.equal(hard, torch.zeros_like(hard).scatter(1, ids, 1.0))
-        last, first = soft.masked_fill(hard == 0, 2).amin(1), soft.masked_fill(hard == 1, -1).amax(1)
-        assert soft.isfinite().all() and (last >= 0.5).all() and (first <= 0.5).all()  # on the side of hard
+        ids, keep, soft = gumbel_top_k(scores, k, generator=generator())
+        assert (keep.sum(1) == k).all() and torch.equal(keep, torch.zeros_like(keep).scatter(1, ids, 1.0))
+        last, first = soft.masked_fill(keep == 0, 2).amin(1), soft.masked_fill(keep == 1, -1).amax(1)
+        assert soft.isfinite().all() and (last >= 0.5).all() and (first <= 0.5).all()  # on the side of keep
         torch.testing.assert_close(last + first, torch.ones(50), atol=0.01, rtol=0)  # theta is midway between them
 
 
@@ -102,13 +102,13 @@ def test_the_maskers_gradient_is_the_formula(lam, images):
     tau, kappa = 0.5, 3.0
     model = CLMAE(small(tau=tau, kappa=kappa))
     out = model(images, lam, generator())
-    a = model.masker(model.encoder.embed(images))
-    torch.testing.assert_close(out.scores, kappa * abs(lam) * torch.minimum(a, torch.zeros(())))
-    assert a.mean(1).abs().max() < 1e-5 and (a.std(1, unbiased=False) - 1).abs().max() < 1e-3
+    raw = model.masker(model.encoder.embed(images))
+    torch.testing.assert_close(out.scores, kappa * abs(lam) * torch.minimum(raw, torch.zeros(())))
+    assert raw.mean(1).abs().max() < 1e-5 and (raw.std(1, unbiased=False) - 1).abs().max() < 1e-3
 
-    _, hard, soft = gumbel_top_k(out.scores.detach(), 4, tau, generator())
+    _, keep, soft = gumbel_top_k(out.scores.detach(), 4, tau, generator())
     mean = (out.patch_loss * out.mask).sum(1, keepdim=True) / 12
-    cost = ((out.patch_loss - mean) * (1 - hard)).detach()
+    cost = ((out.patch_loss - mean) * (1 - keep)).detach()
     torch.testing.assert_close(out.masker_loss, (cost * (1 - soft)).sum() / 12 / 6)
     torch.testing.assert_close(out.loss, out.mae_loss + lam * out.masker_loss)
 
