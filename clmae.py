@@ -1,6 +1,6 @@
 """CL-MAE (Curriculum-Learned Masked Autoencoders, arXiv 2308.16572) in one file. Read it from top to bottom.
 
-A masked autoencoder (MAE) sees a few patches of an image and predicts the rest. In CL-MAE a small network, the masker,
+A masked autoencoder (MAE) sees a few patches of an image and predicts the rest. In CL-MAE a second network, the masker,
 chooses which patches are hidden. It is trained on the MAE's own reconstruction loss times a factor lambda that falls
 from +1 (partner: hide what is easy to fill in) through 0 to -1 (adversary: hide what is hard), a curriculum of masks.
 

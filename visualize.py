@@ -6,6 +6,7 @@ python visualize.py runs/random runs/curriculum  # several: only compare.png, in
 
 import argparse
 import itertools
+import json
 import re
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,6 @@ from torch import Tensor
 from clmae import CLMAE, Output, gumbel_noise, load, load_record, unpatchify
 
 STYLE = ["default", "tableau-colorblind10", {"savefig.dpi": 110, "font.size": 9}]
-COLOURS = {"untrained": "black", "partner": "C0", "neutral": "#666666", "adversary": "C1"}
 # By key of the log: title of its panel, its name there, its style. Dotted: a floor, logged in epoch 0 only.
 PANELS = {
     "lambda": ("$\\lambda$: +1 partner, $-$1 adversary", "", "k-"),
@@ -48,14 +48,16 @@ def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = N
     return ax.imshow(probability.numpy(), cmap="RdBu_r", vmin=ratio - half, vmax=ratio + half, alpha=0.6, extent=extent)
 
 
-def show_values(ax: matplotlib.axes.Axes, title: str, values: Tensor, colours: str = "RdBu"):
-    """A value for each patch, (h, w): white at 0, grey where there is none, in figures if there is room."""
-    ax.set(title=title, xticks=[], yticks=[], facecolor="0.85")
+def show_values(ax: matplotlib.axes.Axes, values: Tensor, decimals: int, colours: str):
+    """A value for each patch, (h, w): white at 0, plain grey where it is inf, hatched where it is nan."""
+    ax.patch.set(hatch="////", edgecolor="0.7")
+    ax.imshow(values.isinf().numpy(), cmap="Greys", vmax=4, alpha=values.isinf().float().numpy())
+    values = values.masked_fill(values.isinf(), torch.nan)
     width = 2 * values.square().nanmean().sqrt().nan_to_num().clamp_min(1e-9).item()
     ax.imshow(values.clamp(-width, width).numpy(), cmap=colours, vmin=-1.4 * width, vmax=1.4 * width)  # pale
-    for i, j in (values.isfinite() & (max(values.shape) <= 8)).nonzero().tolist():
-        figure = f"{values[i, j]:.1f}".replace("-0.0", "0.0")
-        ax.text(j, i, figure, fontsize=7, ha="center", va="center", in_layout=False)
+    for i, j in values.isfinite().nonzero().tolist():
+        figure = f"{round(values[i, j].item(), decimals) + 0.0:.{decimals}f}"  # not -0.0
+        ax.text(j, i, figure, fontsize=11 - decimals, ha="center", va="center", in_layout=False)
 
 
 def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, Tensor]:
@@ -67,92 +69,89 @@ def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, 
 
 @torch.enable_grad()
 def draw_step(record: dict, model: CLMAE, file: Path):
-    """step.png: the first held-out image taken through one training step, at lambda = +1 and -1 with the same noise."""
-    grid, raw = model.config.grid, record["images"][:1]
-    images = model.standardise(raw)
-    outputs = [model(images, lam, torch.Generator().manual_seed(0)) for lam in (1.0, -1.0, 0.0)]
-    partner = outputs[0]
-    s = partner.scores.detach()  # (1, L)
-    learned = partner.scores.requires_grad  # not so with masks of one's own
-    a = model.masker(model.encoder.embed(images)).detach() if learned else torch.full_like(s, torch.nan)  # (1, L)
+    """step.png: an image in a step at the run's last lambda, numbered as in CLMAE.forward; the values as JSON, too."""
+    c, raw_image, last = model.config, record["images"][:1], record["log"][-1]
+    images = model.standardise(raw_image)
+    out = model(images, last["lambda"], torch.Generator().manual_seed(0))
+    visible, s = (out.mask == 0).reshape(c.grid), out.scores.detach().reshape(c.grid)  # (h, w) each, as what follows
     y = s + gumbel_noise(s, torch.Generator().manual_seed(0))
-    y = y - y.topk(model.config.visible + 1).values[:, -2:].mean()  # less theta, midway between visible and masked
-    loss = partner.patch_loss.detach().masked_fill(partner.mask == 0, torch.nan)
-    seen, filled = seen_and_filled(model, raw, partner)
+    above = y - y.flatten().topk(c.visible + 1).values[-2:].mean()  # y - theta
+    patch_loss = out.patch_loss.detach().reshape(c.grid).masked_fill(visible, torch.nan)
+    raw = push = torch.full_like(s, torch.nan)
+    if out.scores.requires_grad:  # not so with masks of one's own
+        raw = model.masker(model.encoder.embed(images)).detach().reshape(c.grid)
+        push = -1000 * torch.autograd.grad(out.loss, out.scores)[0].reshape(c.grid)
+        push = push.masked_fill(raw > 0, torch.inf).masked_fill(visible, torch.nan)
+    seen, filled = seen_and_filled(model, raw_image, out)
+    panels = {
+        "1. raw\nred: hide": (raw, 1, "RdBu"),
+        "1. s\nred: hide": (s, 1, "RdBu"),
+        "2. y $-$ $\\theta$\nblue: visible": (above, 1, "RdBu"),
+        "2. visible\ngrey: hidden": (seen[0],),
+        "3. pred\nof the hidden": (filled[0],),
+        "4. patch_loss\norange: high": (patch_loss, 1, "PuOr_r"),
+        "5. cost\norange: above 0": (patch_loss - out.mae_loss.item(), 2, "PuOr_r"),
+        "5. soft\nblue: high": (torch.sigmoid(above / c.tau), 2, "RdBu"),
+        "6. push $\\times$ 1000\nred: hide more": (push, 2, "RdBu"),
+    }
 
-    fig = Figure(figsize=(11, 1.5 + 3.5 * min(max(grid[0] / grid[1], 0.4), 2)), layout="constrained")
-    same, pushed = fig.subfigures(1, 2, width_ratios=(2, 1))
-    same.suptitle(f"One step, last masker (epoch {record['log'][-1]['epoch']}): the same at $\\lambda$ = +1 and $-$1")
-    upper, lower = same.subplots(2, 4)
-    show(upper[0], raw[0]).axes.set_title("image")
-    show_values(upper[1], "a: the masker's score,\nlow = hide", a.reshape(grid))
-    show_values(upper[2], "s = $\\kappa$ |$\\lambda$| min(a, 0)\nred: hide more often", s.reshape(grid))
-    show_values(upper[3], "y $-$ $\\theta$, y = s + noise\nblue: the K largest", y.reshape(grid))
-    show(lower[0], seen[0]).axes.set_title("visible: y > $\\theta$")
-    show(lower[1], filled[0]).axes.set_title("pred, where masked")
-    show_values(lower[2], f"patch_loss\nof masked, mean {loss.nanmean():.2f}", loss.reshape(grid), "PuOr_r")
-    show_values(lower[3], "cost: patch_loss $-$ mean\norange: above 0", (loss - loss.nanmean()).reshape(grid), "PuOr_r")
+    # The frame: the 4 x 4 patches with the largest sum of |push|; in the middle, if there is none.
+    h, w = (min(4, n) for n in c.grid)
+    sums = push.nan_to_num(posinf=0).abs().unfold(0, h, 1).unfold(1, w, 1).sum((2, 3))  # by the upper left patch
+    i, j = divmod(sums.argmax().item(), sums.shape[1]) if sums.any() else (n // 2 for n in sums.shape)
 
-    pushed.set_facecolor("0.95")
-    pushed.suptitle("push = $-$1000 $\\partial$loss/$\\partial$s: where s moves")
-    titles = "+1: partner", "$-$1: adversary", "0: s = 0, another\nmask, no push"
-    for ax, title, output in zip(pushed.subplot_mosaic("AB;C.").values(), titles, outputs, strict=True):
-        push = torch.full_like(s, torch.nan)
-        if output.scores.requires_grad:
-            (gradient,) = torch.autograd.grad(output.loss, output.scores, allow_unused=True, materialize_grads=True)
-            push = (-1000 * gradient).masked_fill((output.mask == 0) | (output.scores == 0), torch.nan)
-        show_values(ax, f"$\\lambda$ = {title}", push.reshape(grid))
-    why = "Where cost > 0 (orange)\ns moves at +1 up (blue):\nshown more often,\nat -1 down (red):\nhidden more often."
-    pushed.text(0.53, 0.1, why + "\n\nGrey: visible, or a > 0:\nnothing moves s.")
-    fig.savefig(file, dpi=130)
-
-
-def describe_masks(record: dict, model: CLMAE, epoch: int) -> tuple[list[str], str, Tensor]:
-    """Of an epoch: words, their colour, and the chances (8, h, w) of each patch of 8 images to be masked."""
-    figures = record["log"][epoch]
-    lam = figures["lambda"]
-    role = ("neutral", "partner", "adversary")[(lam > 0.1) - (lam < -0.1)] if epoch else "untrained"
-    words = [f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role]
-    if "objects" in figures and role != "neutral":  # which has no masks to speak of
-        words.append(f"objects {figures['objects']:.2f}")
-    return words, COLOURS[role], model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
+    fig, p = Figure(figsize=(8.3, 4.4), layout="constrained"), c.patch_size
+    whole, *axes = fig.subplots(2, 5, subplot_kw={"xticks": [], "yticks": []}).flat
+    show(whole, raw_image[0]).axes.set_title("image\nframe: what follows")
+    whole.add_patch(matplotlib.patches.Rectangle((j * p, i * p), w * p, h * p, fill=False, edgecolor="red", lw=2))
+    told = {"epoch": last["epoch"], "lambda": last["lambda"]}
+    for ax, (title, (values, *how)) in zip(axes, panels.items(), strict=True):
+        n = values.shape[-1] // c.grid[1]  # of a patch: 1 value, p pixels
+        shown = values[..., i * n : (i + h) * n, j * n : (j + w) * n]
+        show_values(ax, shown, *how) if how else show(ax, shown)
+        ax.set_title(title)
+        told[title.split()[1]] = shown.tolist() if how else None
+    fig.savefig(file, dpi=200, metadata={"step": json.dumps(told)})
 
 
-def spread(n: int, most: int) -> list[int]:
-    """At most so many of the numbers 0 to n - 1, evenly spread, first and last among them."""
-    return torch.linspace(0, n - 1, min(most, n)).round().int().tolist()
+def describe_masks(record: dict, model: CLMAE, most: int) -> list[tuple[list[str], Tensor]]:
+    """At most so many epochs, and that of the easiest masks: words, and the chances (8, h, w) of being masked."""
+    log, described = record["log"], []
+    easiest = min(range(len(log)), key=lambda epoch: log[epoch]["hardness"])
+    for epoch in sorted({easiest, *torch.linspace(0, len(log) - 1, most).round().int().tolist()}):
+        lam = log[epoch]["lambda"]
+        role = ("neutral", "partner", "adversary")[(lam > 0.1) - (lam < -0.1)] if epoch else "untrained"
+        chances = model.mask_probability(record["scores"][epoch]).reshape(-1, *model.config.grid)
+        described.append(([f"epoch {epoch}", f"$\\lambda$ = {lam:+.2f}", role], chances))
+    return described
 
 
 def draw_masks(record: dict, model: CLMAE, file: Path):
-    """masks.png: the first held-out images down, at most 9 epochs across."""
+    """masks.png: the first held-out images down, epochs across."""
     images, ratio = record["images"][:6], 1 - model.config.visible / model.config.patches
-    columns = [describe_masks(record, model, epoch) for epoch in spread(len(record["log"]), 9)]
-    n = len(images)
-    fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), 1.1 * n + 1.9), layout="constrained")
+    n, columns = len(images), describe_masks(record, model, 7)
+    fig = Figure(figsize=(1.1 * max(6, 1 + len(columns)), 1.1 * n + 1.6), layout="constrained")
     axes = fig.subplots(n, 1 + len(columns), squeeze=False)
-    for column, (words, colour, chances) in zip(axes.T, [([], "black", [None] * n), *columns], strict=True):
-        column[0].set_title("\n".join(words), color=colour)
+    for column, (words, chances) in zip(axes.T, [([], [None] * n), *columns], strict=True):
+        column[0].set_title("\n".join(words))
         for ax, image, chance in zip(column, images, chances, strict=False):
             drawn = show(ax, image, chance, ratio)
     caption = f"probability of being masked (white: random masks)\nRows: the first {n} held-out images, not selected."
-    if "objects" in record["log"][-1]:
-        caption += "\nobjects, of up to 500 images: 0.5 chance; above, masks hide the shapes; below, show them."
     fig.colorbar(drawn, ax=axes, location="bottom", label=caption, aspect=60, pad=0.01)
     fig.savefig(file)
 
 
 def draw_film(record: dict, model: CLMAE, file: Path):
-    """masks.gif: at most 40 epochs of five images, two a second."""
+    """masks.gif: five images, two epochs a second."""
     images, ratio = record["images"][:5], 1 - model.config.visible / model.config.patches  # of more it grows too large
-    frames = [describe_masks(record, model, epoch) for epoch in spread(len(record["log"]), 40)]
-    n = len(images)
+    n, frames = len(images), describe_masks(record, model, 40)
     fig = Figure(figsize=(1.1 * max(4, n), 2.5), layout="constrained")
     for axes, chances in zip(fig.subplots(2, n, squeeze=False), ([None] * n, frames[0][-1]), strict=True):
         drawn = [show(*cell, ratio) for cell in zip(axes, images, chances, strict=False)]
     gif = PillowWriter(fps=2)
     with gif.saving(fig, file, dpi=80):
-        for words, colour, chances in frames:
-            fig.suptitle(", ".join(words), x=0.01, ha="left", color=colour, fontsize=12)
+        for words, chances in frames:
+            fig.suptitle(", ".join(words), x=0.01, ha="left", fontsize=12)
             for picture, chance in zip(drawn, chances, strict=False):
                 picture.set_data(chance.numpy())
             gif.grab_frame()
