@@ -56,7 +56,7 @@ def show_values(ax: matplotlib.axes.Axes, values: Tensor, decimals: int, colours
     width = 2 * values.square().nanmean().sqrt().nan_to_num().clamp_min(1e-9).item()
     ax.imshow(values.clamp(-width, width).numpy(), cmap=colours, vmin=-1.4 * width, vmax=1.4 * width)  # pale
     for i, j in values.isfinite().nonzero().tolist():
-        figure = f"{round(values[i, j].item(), decimals) + 0.0:.{decimals}f}"  # not -0.0
+        figure = f"{values[i, j]:.{decimals}f}"  # -0.0 is below 0
         ax.text(j, i, figure, fontsize=11 - decimals, ha="center", va="center", in_layout=False)
 
 
@@ -88,7 +88,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
         "1. s\nred: hide": (s, 1, "RdBu"),
         "2. y $-$ $\\theta$\nblue: visible": (above, 1, "RdBu"),
         "2. visible\ngrey: hidden": (seen[0],),
-        "3. pred\nof the hidden": (filled[0],),
+        "3. pred\nand visible pixels": (filled[0],),
         "4. patch_loss\norange: high": (patch_loss, 1, "PuOr_r"),
         "5. cost\norange: above 0": (patch_loss - out.mae_loss.item(), 2, "PuOr_r"),
         "5. soft\nblue: high": (torch.sigmoid(above / c.tau), 2, "RdBu"),
@@ -194,7 +194,7 @@ def draw_panels(lines: list[tuple], file: Path, one_legend: bool = False):
         values = [[run[epoch] for run in runs] for epoch in epochs]
         low, middle, high = ([f(value) for value in values] for f in (min, mean, max))
         ax.plot(epochs, middle, style, ms=3, label=label)
-        ax.fill_between(epochs, low, high, color=ax.lines[-1].get_color(), alpha=0.2, lw=0)
+        ax.fill_between(epochs, low, high, color=ax.lines[-1].get_color(), alpha=0.12, lw=0)
 
     if one_legend:
         fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower left")
@@ -234,7 +234,8 @@ def compare(*runs: str | Path):
     for i, ((folder, _), members) in enumerate(arms.items()):
         names, logs = zip(*members, strict=True)
         label = f"{Path(folder).name}, {len(logs)} seeds: mean and range" if len(logs) > 1 else names[0]
-        lines += [(", ".join(filter(None, PANELS[key][:2])), label, f"C{i}o-", key, logs) for key in COMPARED]
+        style = f"C{i}{'os^Dvx'[i % 6]}-"
+        lines += [(", ".join(filter(None, PANELS[key][:2])), label, style, key, logs) for key in COMPARED]
     draw_panels(lines, records[0]["run"] / "compare.png", one_legend=True)
     print(f"figure: {records[0]['run'] / 'compare.png'}")
 
