@@ -1242,10 +1242,7 @@ def cell(head: str, runs: list[dict], random: list[dict]) -> str:
 
 
 EARLIER = {  # tables of runs whose logs are not kept, or not train.py's: so many rows, none with an interval
-    "data, of an earlier version, not recomputed": 4,
-    "data and masks, of an earlier version, not recomputed": 12,
-    "masks, of an earlier version, not recomputed": 8,
-    "less random, of an earlier version, not recomputed": 5,
+    "masks, of an earlier version, not recomputed": 2,
     "scores, of an earlier version, not recomputed": 5,
     "seed, of an earlier version, not recomputed": 3,
     "masks, on an H100": 11,
