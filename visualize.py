@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clmae import CLMAE, Output, gumbel_noise, load, load_record, unpatchify
 
-STYLE = ["default", "tableau-colorblind10", {"savefig.dpi": 110, "font.size": 9}]
+COLOURS = matplotlib.cycler(color=["#0072b2", "#d55e00", "#009e73", "black", "#cc79a7", "#e69f00"])  # Okabe, Ito
+STYLE = ["default", {"savefig.dpi": 110, "font.size": 9, "axes.prop_cycle": COLOURS}]
 # By key of the log: title of its panel, its name there, its style. Dotted: a floor, logged in epoch 0 only.
 PANELS = {
     "lambda": ("$\\lambda$: +1 partner, $-$1 adversary", "", "k-"),
@@ -51,13 +52,13 @@ def show(ax: matplotlib.axes.Axes, image: Tensor, probability: Tensor | None = N
 def show_values(ax: matplotlib.axes.Axes, values: Tensor, decimals: int, colours: str):
     """A value for each patch, (h, w): white at 0, plain grey where it is inf, hatched where it is nan."""
     ax.patch.set(hatch="////", edgecolor="0.7")
-    ax.imshow(values.isinf().numpy(), cmap="Greys", vmax=4, alpha=values.isinf().float().numpy())
+    ax.imshow(values.isinf().numpy(), cmap="Greys", vmin=0, vmax=4, alpha=values.isinf().float().numpy())
     values = values.masked_fill(values.isinf(), torch.nan)
     width = 2 * values.square().nanmean().sqrt().nan_to_num().clamp_min(1e-9).item()
     ax.imshow(values.clamp(-width, width).numpy(), cmap=colours, vmin=-1.4 * width, vmax=1.4 * width)  # pale
     for i, j in values.isfinite().nonzero().tolist():
-        figure = f"{values[i, j]:.{decimals}f}"  # -0.0 is below 0
-        ax.text(j, i, figure, fontsize=11 - decimals, ha="center", va="center", in_layout=False)
+        figure = f"{values[i, j] + 0:.{decimals}f}"  # -0.0 is below 0
+        ax.text(j, i, figure, fontsize=min(11 - decimals, 45 / len(figure)), ha="center", va="center", in_layout=False)
 
 
 def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, 
 
 @torch.enable_grad()
 def draw_step(record: dict, model: CLMAE, file: Path):
-    """step.png: an image in a step at the run's last lambda, numbered as in CLMAE.forward; the values as JSON, too."""
+    """step.png: an image in a step at the run's last lambda, numbered as in CLMAE.forward; values for a test."""
     c, raw_image, last = model.config, record["images"][:1], record["log"][-1]
     images = model.standardise(raw_image)
     out = model(images, last["lambda"], torch.Generator().manual_seed(0))
@@ -81,7 +82,7 @@ def draw_step(record: dict, model: CLMAE, file: Path):
     if out.scores.requires_grad:  # not so with masks of one's own
         raw = model.masker(model.encoder.embed(images)).detach().reshape(c.grid)
         push = -1000 * torch.autograd.grad(out.loss, out.scores)[0].reshape(c.grid)
-        push = push.masked_fill(raw > 0, torch.inf).masked_fill(visible, torch.nan)
+        push = push.masked_fill(s == 0, torch.inf).masked_fill(visible, torch.nan)
     seen, filled = seen_and_filled(model, raw_image, out)
     panels = {
         "1. raw\nred: hide": (raw, 1, "RdBu"),
@@ -234,8 +235,7 @@ def compare(*runs: str | Path):
     for i, ((folder, _), members) in enumerate(arms.items()):
         names, logs = zip(*members, strict=True)
         label = f"{Path(folder).name}, {len(logs)} seeds: mean and range" if len(logs) > 1 else names[0]
-        style = f"C{i}{'os^Dvx'[i % 6]}-"
-        lines += [(", ".join(filter(None, PANELS[key][:2])), label, style, key, logs) for key in COMPARED]
+        lines += [(", ".join(filter(None, PANELS[key][:2])), label, f"C{i}o-", key, logs) for key in COMPARED]
     draw_panels(lines, records[0]["run"] / "compare.png", one_legend=True)
     print(f"figure: {records[0]['run'] / 'compare.png'}")
 
