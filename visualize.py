@@ -70,7 +70,7 @@ def seen_and_filled(model: CLMAE, raw: Tensor, output: Output) -> tuple[Tensor, 
 
 @torch.enable_grad()
 def draw_step(record: dict, model: CLMAE, file: Path):
-    """step.png: an image in a step at the run's last lambda, numbered as in CLMAE.forward; values for a test."""
+    """step.png: an image's step at the run's last lambda, numbered as in CLMAE.forward; the PNG has its values."""
     c, raw_image, last = model.config, record["images"][:1], record["log"][-1]
     images = model.standardise(raw_image)
     out = model(images, last["lambda"], torch.Generator().manual_seed(0))
