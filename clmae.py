@@ -420,6 +420,7 @@ def load_record(run: str | Path) -> dict:
         if damaged:
             raise ValueError(f"bad checksum of {damaged}")
         record = torch.load(file, map_location="cpu", weights_only=True)
+        # Named, so that a checkpoint of another program, which lacks them, is refused here.
         return record | {"options": record["options"], "config": record["config"], "run": Path(run)}
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).partition("\n")[0][:150]

@@ -313,8 +313,13 @@ def test_masked_pixels_never_reach_the_prediction(model, images):
 def test_a_mask_of_ones_own(model, images):
     out = model(images, 1.0, generator())
     torch.testing.assert_close(model.predict(images, out.mask), out.pred)
-    for wrong in (torch.ones(6, 16), torch.zeros(6, 16), (torch.arange(96) % 5 > 0).reshape(6, 16), out.mask[:1]):
-        with pytest.raises(ValueError, match=r"same number of patches visible|mask \(1, 16\) must be \(6, 16\)"):
+    for wrong, message in (
+        (torch.ones(6, 16), "mask must leave the same number of patches visible"),
+        (torch.zeros(6, 16), "mask must leave the same number of patches visible"),
+        ((torch.arange(96) % 5 > 0).reshape(6, 16), "mask must leave the same number of patches visible"),
+        (out.mask[:1], r"mask \(1, 16\) must be \(6, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
             model.predict(images, wrong)
     for step in (model, model.encode):
         with pytest.raises(ValueError, match=r"images \(2, 3, 8, 32\) must be \(B, 3, 16, 16\)"):
@@ -329,6 +334,8 @@ def test_half_precision_keeps_scores_and_loss_in_float32(model, images):
     assert dtypes == [torch.float32]  # not rounded into ties
     assert out.scores.dtype == out.loss.dtype == out.patch_loss.dtype == torch.float32
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(model, out.loss))
+    plain = (model.predict(images, out.mask) - model.target(images)).square().mean(-1) * out.mask
+    assert out.mae_loss.item() == pytest.approx((plain.sum() / out.mask.sum()).item(), rel=0.02)
 
 
 def test_encode_never_masks_and_repeats_itself(model, images):
@@ -455,12 +462,13 @@ def test_knn_and_probe_are_what_they_say_of_features_z_scored_on_the_training_im
         for i in cosine.argsort(descending=True)[:20]:
             votes[labels[i]] += math.exp(cosine[i] / 0.07)
         right += votes.index(max(votes)) == label
-    noise = torch.randint(0, 3, (900,), generator=generator(1))
+    before, noise = torch.get_rng_state(), torch.randint(0, 3, (900,), generator=generator(1))
     z.requires_grad_()  # as model.features gives them
     figures, chance = (train.evaluate(z[:600], y[:600], z[600:], y[600:]) for y in (labels, noise))
     assert figures["knn"] == pytest.approx(right / 3) and 50 < figures["knn"] < 90
     assert figures["linear_probe"] == train.linear_probe(bank, labels[:600], query, labels[600:])
     assert figures["linear_probe"] > 60 and 23 < chance["linear_probe"] < 43
+    assert torch.equal(torch.get_rng_state(), before)  # measuring draws nothing
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -806,8 +814,10 @@ def test_a_step_is_drawn_with_the_numbers_of_the_step(run, tmp_path, saved):
     *framed, grey = (values.reshape(8, 8)[top : top + 4, left : left + 4] for values in expected)
     for ax, values in zip((raw, s, y, loss, cost, soft, push), framed, strict=True):
         written = {text.get_position()[::-1]: text.get_text() for text in ax.texts}
-        places = map(tuple, values.isfinite().nonzero().tolist())
-        assert written == {place: f"{values[place] + 0:.{1 + (ax in (cost, soft, push))}f}" for place in places}
+        assert written == {
+            (i, j): f"{values[i, j] + 0:.{1 + (ax in (cost, soft, push))}f}"
+            for i, j in values.isfinite().nonzero().tolist()
+        }
     assert torch.equal(pictures(push)[0] == 1, grey)
     for ax, picture in zip((seen, pred), visualize.seen_and_filled(model, record["images"][:1], out), strict=True):
         shown = picture[0, :, 4 * top : 4 * top + 16, 4 * left : 4 * left + 16].clamp(0, 255).byte()
@@ -1186,10 +1196,9 @@ def test_the_recipe_of_more_than_one_gpu_keeps_two_processes_alike(tmp_path, mon
     told = subprocess.run([*torchrun, tmp_path / "ddp.py"], capture_output=True, text=True, cwd=ROOT)
     assert sorted(map(float, re.findall("<(.*?)>", told.stdout))) == [-1, -1, 0, 0, 1, 1], told.stderr
     first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
-    for weights in (second, [*clmae.load(tmp_path / "run")[0].parameters(), 0, 0]):
-        assert all(map(torch.equal, first[:-2], weights[:-2]))
-    assert sorted([*first[-2].tolist(), *second[-2].tolist()]) == [*range(24)]  # other images
-    assert not torch.equal(first[-1], second[-1])  # other masks
+    weights = zip(first[:-2], second[:-2], clmae.load(tmp_path / "run")[0].parameters(), strict=True)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in weights)
+    assert sorted(first[-2].tolist() + second[-2].tolist()) == [*range(24)] and not torch.equal(first[-1], second[-1])
 
 
 def test_the_readmes_step_is_the_models_and_its_bare_loop_trains(model, images, monkeypatch, capsys):
@@ -1199,9 +1208,11 @@ def test_the_readmes_step_is_the_models_and_its_bare_loop_trains(model, images, 
     step, loop = (
         next(b for b in blocks("python", "README.md") if words in b) for words in ("theta", "curriculum_factor")
     )
-    scope = {"torch": torch, "gumbel_noise": clmae.gumbel_noise, "model": model, "images": images, "B": 6}
-    scope |= {"L": 16, "K": 4, "kappa": 2.0, "tau": 0.5, "lam": -0.7, "generator": generator()}
     model.config.tau = 0.5
+    scope = {
+        "torch": torch, "gumbel_noise": clmae.gumbel_noise, "model": model, "images": images, "generator": generator(),
+        "B": 6, "L": 16, "K": 4, "kappa": 2.0, "tau": 0.5, "lam": -0.7,
+    }  # fmt: skip
     exec(step, scope, written := {})
     output = model(images, -0.7, generator())
     torch.testing.assert_close((written["mae_loss"], written["masker_loss"]), (output.mae_loss, output.masker_loss))
